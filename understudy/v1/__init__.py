@@ -1,0 +1,1 @@
+"""Messages and stubs of package understudy.v1, generated from protos/ at build."""
