@@ -1,0 +1,47 @@
+"""Fetches a model bundle (configuration, tokenizer, chat template) from the learner."""
+
+import hashlib
+from pathlib import Path
+
+import grpc
+
+from understudy.errors import UnderstudyError
+from understudy.v1 import weight_pb2, weight_pb2_grpc
+
+
+class BundleError(UnderstudyError):
+    """A bundle that breaks its own header: bad name, size or digest."""
+
+
+async def fetch_model_bundle(channel: grpc.aio.Channel, folder: Path, timeout: float = 60.0) -> str:
+    """Write the learner's model bundle into a folder and return its digest.
+
+    Raises:
+        BundleError: a file name with a separator, or content that is not what the header says.
+        grpc.aio.AioRpcError: the learner did not answer.
+    """
+    stub = weight_pb2_grpc.WeightServiceStub(channel)
+    stream = stub.FetchModelBundle(weight_pb2.FetchModelBundleRequest(), timeout=timeout)
+    header = weight_pb2.ModelBundleHeader()
+    content = bytearray()
+    async for response in stream:
+        if response.HasField("header"):
+            header = response.header
+        else:
+            content += response.chunk
+    _write(header, memoryview(bytes(content)), folder)
+    return header.bundle_digest
+
+
+def _write(header: weight_pb2.ModelBundleHeader, content: memoryview, folder: Path) -> None:
+    offset = 0
+    for file in header.files:
+        piece = content[offset : offset + file.num_bytes]
+        offset += file.num_bytes
+        if file.name in ("", ".", "..") or Path(file.name).name != file.name:
+            raise BundleError(f"model bundle: {file.name!r} is no plain file name")
+        if len(piece) != file.num_bytes or hashlib.sha256(piece).digest() != file.digest:
+            raise BundleError(f"model bundle: {file.name!r} is not what its digest says")
+        (folder / file.name).write_bytes(piece)
+    if offset != len(content):
+        raise BundleError(f"model bundle: {len(content) - offset} bytes belong to no file")

@@ -1,0 +1,55 @@
+"""One TOML file a run, one section a role."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from understudy.config.actor import ActorConfig
+from understudy.config.base import Section, apply_overrides, explain, read_toml
+from understudy.config.envserver import EnvserverConfig
+from understudy.config.inference import InferenceConfig, ScriptedConfig
+from understudy.config.learner import LearnerConfig, SupervisedConfig, TasksConfig, TrainConfig
+from understudy.config.shared import ModelConfig, NetworkConfig, RunConfig, TlsConfig
+
+__all__ = [
+    "ActorConfig",
+    "Config",
+    "EnvserverConfig",
+    "InferenceConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "RunConfig",
+    "ScriptedConfig",
+    "SupervisedConfig",
+    "TasksConfig",
+    "TlsConfig",
+    "TrainConfig",
+    "load_config",
+]
+
+
+class Config(Section):
+    """A run's whole configuration."""
+
+    model: ModelConfig
+    run: RunConfig = RunConfig()
+    network: NetworkConfig = NetworkConfig()
+    envserver: EnvserverConfig = Field(default_factory=EnvserverConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    actor: ActorConfig = Field(default_factory=ActorConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's TOML and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: naming every wrong field with its value and a remedy.
+    """
+    values = apply_overrides(read_toml(path), overrides)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, Config, str(path)) from None
