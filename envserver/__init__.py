@@ -1,0 +1,1 @@
+"""Environment servers: suites of tasks, and one environment per session."""
