@@ -1,0 +1,1 @@
+"""Actors: stateless processes that play episodes and send their trajectories to the learner."""

@@ -1,0 +1,109 @@
+"""A conversation as the policy saw it, token by token.
+
+What the model sampled is never re-tokenised. The next prompt is the tokens so far plus the tokens
+of what the template adds. Where the template rewrites history (thoughts stripped, say), its text no
+longer starts with ours: then a new segment begins from the full rendering.
+
+    segment 0   [system, question]  reply  [observation]  reply  ...
+                 loss_mask 0         1      0              1
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from understudy.chat import ChatFormat
+from understudy.client import Generation
+from understudy.trajectory import BoolArray, FloatArray, IntArray, Segment, VersionSpan
+
+_EMPTY = np.empty(0, np.int32)
+
+
+@dataclass
+class _Draft:
+    """A segment while it grows; pieces are joined once a turn."""
+
+    text: str
+    token_ids: IntArray
+    masks: list[BoolArray]
+    logprobs: list[FloatArray] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    num_sampled: int = 0
+
+    def append(self, text: str, token_ids: IntArray, sampled: bool) -> None:
+        self.text += text
+        self.token_ids = np.concatenate((self.token_ids, token_ids))
+        self.masks.append(np.full(len(token_ids), sampled))
+
+    def sample(self, text: str, generation: Generation) -> None:
+        self.append(text, generation.token_ids, sampled=True)
+        self.logprobs.append(generation.logprobs)
+        for span in generation.version_spans:
+            self._add_span(span)
+        self.num_sampled += len(generation.token_ids)
+
+    def _add_span(self, span: VersionSpan) -> None:
+        start, end = span.start + self.num_sampled, span.end + self.num_sampled
+        if self.spans and self.spans[-1].version == span.version:
+            start = self.spans.pop().start
+        self.spans.append(VersionSpan(version=span.version, start=start, end=end))
+
+    def finish(self) -> Segment:
+        return Segment(
+            token_ids=self.token_ids,
+            loss_mask=np.concatenate(self.masks),
+            logprobs=np.concatenate(self.logprobs) if self.logprobs else np.empty(0, np.float32),
+            version_spans=tuple(self.spans),
+        )
+
+
+class Conversation:
+    """Grows by observations and replies, and yields prompts and segments."""
+
+    def __init__(self, chat: ChatFormat, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._chat = chat
+        self._tools = tools
+        self._messages: list[Mapping[str, Any]] = []
+        self._drafts: list[_Draft] = []
+
+    def observe(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
+        """Add messages from the environment and return the prompt of the next turn, [P] tokens."""
+        self._messages += [
+            {**message, "content": self._chat.neutralise(message["content"])}
+            for message in messages
+        ]
+        text = self._chat.render(self._messages, self._tools, add_generation_prompt=True)
+        if self._drafts and text.startswith(self._drafts[-1].text):
+            suffix = text[len(self._drafts[-1].text) :]
+            self._drafts[-1].append(suffix, self._chat.encode(suffix), sampled=False)
+        else:
+            draft = _Draft(text="", token_ids=_EMPTY, masks=[])
+            draft.append(text, self._chat.encode(text), sampled=False)
+            self._drafts.append(draft)
+        return self._drafts[-1].token_ids
+
+    def reply(self, generation: Generation) -> str:
+        """Add what the policy sampled and return its text without the stop token."""
+        text = self._chat.decode(generation.token_ids)
+        self._drafts[-1].sample(text, generation)
+        content = text
+        if not generation.cut_off and len(generation.token_ids):
+            content = self._chat.decode(generation.token_ids[:-1])
+        self._messages.append({"role": "assistant", "content": content})
+        return content
+
+    @property
+    def segment_index(self) -> int:
+        """Index of the segment that the last reply is in."""
+        return len(self._drafts) - 1
+
+    @property
+    def num_sampled(self) -> int:
+        """Sampled tokens of the current segment so far."""
+        return self._drafts[-1].num_sampled
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The finished segments; those without a sampled token are left out."""
+        return tuple(draft.finish() for draft in self._drafts if draft.num_sampled)

@@ -1,0 +1,98 @@
+"""Which environment server plays an episode: the one with the fewest of ours."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from understudy.client import EnvironmentClient, Opening, Session
+from understudy.config import NetworkConfig
+from understudy.rpc import error_reason, retry_after_seconds
+
+
+class EnvironmentFailedError(Exception):
+    """The environment failed, hung or could not be reached."""
+
+
+class EnvironmentPool:
+    """All environment servers of a run. Starting an episode is retried; a step never is."""
+
+    def __init__(self, network: NetworkConfig, step_timeout_seconds: float) -> None:
+        self._servers = [EnvironmentClient(address, network) for address in network.envservers]
+        self._sessions = [0] * len(self._servers)
+        self._timeout = step_timeout_seconds
+        self._patience = network.connect_timeout_seconds
+
+    async def wait_ready(self) -> None:
+        """Wait for the first server. Raises PeerUnreachableError if it does not come."""
+        await self._servers[0].wait_ready()
+
+    @contextlib.asynccontextmanager
+    async def episode(
+        self, suite: str, split: str, task_ordinal: int
+    ) -> AsyncIterator[tuple[Session, Opening]]:
+        """Open a session and begin a task in it.
+
+        Raises:
+            EnvironmentFailedError: no server would begin it within connect_timeout_seconds.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            yield await self._open(stack, suite, split, task_ordinal)
+
+    async def _open(
+        self, stack: contextlib.AsyncExitStack, suite: str, split: str, task_ordinal: int
+    ) -> tuple[Session, Opening]:
+        deadline = asyncio.get_running_loop().time() + self._patience
+        while True:
+            index = min(range(len(self._servers)), key=self._sessions.__getitem__)
+            attempt = contextlib.AsyncExitStack()
+            try:
+                session = await attempt.enter_async_context(self._session(index))
+                opening = await session.reset(suite, split, task_ordinal)
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                await attempt.aclose()
+                wait = _retry_wait(error)
+                if wait is None or asyncio.get_running_loop().time() + wait >= deadline:
+                    raise EnvironmentFailedError(describe_failure(error)) from None
+                # Until it answers, the server counts as busy, so that others are tried first.
+                self._sessions[index] += 1
+                try:
+                    await asyncio.sleep(wait)
+                finally:
+                    self._sessions[index] -= 1
+                continue
+            except BaseException:  # cancelled: the session must not stay behind
+                await attempt.aclose()
+                raise
+            stack.push_async_exit(attempt)
+            return session, opening
+
+    @contextlib.asynccontextmanager
+    async def _session(self, index: int) -> AsyncIterator[Session]:
+        self._sessions[index] += 1
+        try:
+            async with self._servers[index].session(self._timeout) as session:
+                yield session
+        finally:
+            self._sessions[index] -= 1
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for server in self._servers:
+            await server.close()
+
+
+def describe_failure(error: Exception) -> str:
+    """One line about what an environment's call died of."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error_reason(error)}: {error.details()}"
+    return "the environment did not answer within actor.step_timeout_seconds"
+
+
+def _retry_wait(error: Exception) -> float | None:
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return None
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return retry_after_seconds(error) or 0.5
+    return retry_after_seconds(error)

@@ -1,0 +1,97 @@
+"""Which inference replica answers: affinity by rendezvous hashing, retries elsewhere."""
+
+import asyncio
+import hashlib
+import logging
+import time
+
+import grpc
+
+from understudy import metrics
+from understudy.client import Generation, InferenceClient
+from understudy.config import NetworkConfig
+from understudy.rpc import error_reason, retry_after_seconds
+from understudy.trajectory import IntArray
+from understudy.v1 import common_pb2
+
+_log = logging.getLogger(__name__)
+_BACKOFF_SECONDS = 0.2
+
+
+class InferenceFailedError(Exception):
+    """No replica answered a turn."""
+
+
+class InferencePool:
+    """All inference replicas of a run.
+
+    An episode's calls go to one replica, so that its prefix stays cached there. A call that the
+    replica refuses for now is tried on the next in the episode's order, from the same prompt.
+    """
+
+    def __init__(self, network: NetworkConfig, timeout_seconds: float) -> None:
+        self._replicas = {
+            address: InferenceClient(address, network) for address in network.inference
+        }
+        self._timeout = timeout_seconds
+
+    async def wait_ready(self) -> None:
+        """Wait for the first replica. Raises PeerUnreachableError if it does not come."""
+        await next(iter(self._replicas.values())).wait_ready()
+
+    async def generate(
+        self,
+        prompt: IntArray,
+        sampling: common_pb2.SamplingParameters,
+        prefix_key: str,
+        min_version: int = 0,
+    ) -> Generation:
+        """Sample one reply within the configured time.
+
+        Raises:
+            InferenceFailedError: every try was refused, or an error that no retry mends.
+        """
+        deadline = time.monotonic() + self._timeout
+        order = self._order(prefix_key)
+        attempt = 0
+        while True:
+            replica = order[attempt % len(order)]
+            try:
+                return await replica.generate(
+                    prompt,
+                    sampling,
+                    prefix_key=prefix_key,
+                    min_version=min_version,
+                    timeout=max(deadline - time.monotonic(), 0.001),
+                )
+            except grpc.aio.AioRpcError as error:
+                attempt += 1
+                await self._back_off(error, attempt, len(order), deadline)
+
+    def _order(self, key: str) -> list[InferenceClient]:
+        if len(self._replicas) == 1:
+            return list(self._replicas.values())
+        ranked = sorted(
+            self._replicas, key=lambda a: hashlib.blake2b(f"{key}|{a}".encode()).digest()
+        )
+        return [self._replicas[address] for address in ranked]
+
+    async def _back_off(
+        self, error: grpc.aio.AioRpcError, attempt: int, num_replicas: int, deadline: float
+    ) -> None:
+        hint = retry_after_seconds(error)
+        reason = error_reason(error)
+        if error.code() != grpc.StatusCode.UNAVAILABLE and hint is None:
+            raise InferenceFailedError(f"{reason}: {error.details()}") from None
+        metrics.GENERATE_RETRIES.labels(reason).inc()
+        wait = 0.0 if attempt % num_replicas else hint or _BACKOFF_SECONDS
+        if time.monotonic() + wait >= deadline:
+            raise InferenceFailedError(
+                f"no replica answered within {self._timeout:g} s, last: {reason}"
+            ) from None
+        await asyncio.sleep(wait)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for replica in self._replicas.values():
+            await replica.close()
