@@ -32,3 +32,7 @@ def _usage(commands: dict[str, EntryPoint]) -> str:
         "usage: understudy COMMAND [options]\n\n"
         f"commands (understudy COMMAND --help tells more):\n{names}"
     )
+
+
+if __name__ == "__main__":
+    main()

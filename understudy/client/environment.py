@@ -105,8 +105,11 @@ class Session:
         self, request: environment_pb2.SessionRequest
     ) -> environment_pb2.SessionResponse:
         async with asyncio.timeout(self._timeout):
-            await self._call.write(request)
-            response = await self._call.read()
+            try:
+                await self._call.write(request)
+                response = await self._call.read()
+            except asyncio.InvalidStateError:  # the server has ended the call
+                await self._raise_status()
         if not isinstance(response, environment_pb2.SessionResponse):
             await self._raise_status()
         return response

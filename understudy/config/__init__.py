@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from understudy.config.actor import ActorConfig
-from understudy.config.base import Section, apply_overrides, explain, read_toml
+from understudy.config.base import Section, apply_overrides, explain, read_values
 from understudy.config.envserver import EnvserverConfig
 from understudy.config.inference import InferenceConfig, ScriptedConfig
 from understudy.config.learner import LearnerConfig, SupervisedConfig, TasksConfig, TrainConfig
@@ -27,6 +27,7 @@ __all__ = [
     "TlsConfig",
     "TrainConfig",
     "load_config",
+    "write_config",
 ]
 
 
@@ -43,13 +44,21 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's TOML and apply `section.key=value` overrides.
+    """Read a run's TOML (or the JSON of a resolved one) and apply `section.key=value` overrides.
 
     Raises:
         ConfigError: naming every wrong field with its value and a remedy.
     """
-    values = apply_overrides(read_toml(path), overrides)
+    values = apply_overrides(read_values(path), overrides)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise explain(error, Config, str(path)) from None
+
+
+def write_config(config: Config, folder: Path) -> Path:
+    """Write the resolved configuration as `config.json`, which load_config reads as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path

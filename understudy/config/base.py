@@ -20,14 +20,16 @@ class Section(BaseModel):
     )
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file. Raises ConfigError naming the file and the line."""
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or a JSON file by its suffix. Raises ConfigError naming file and place."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return values
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist; name one with --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not TOML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What happens round every handler: counting, timing, and mapping of errors to statuses."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
@@ -111,16 +112,16 @@ def _unary(
 
 
 def _stream(
-    call: _Call, inner: Callable[[Any, Any], AsyncIterator[Any]]
-) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
+    call: _Call, inner: Callable[[Any, Any], AsyncGenerator[Any, None]]
+) -> Callable[[Any, Any], Awaitable[None]]:
+    async def handle(request: Any, context: Any) -> None:
+        # A coroutine that drives the generator: grpc would abandon a generator whose peer went away
+        # between two messages, and what it holds would stay behind.
         call.started.inc()
         try:
-            async for response in inner(request, context):
-                yield response
-        except GeneratorExit:  # the peer went away between two messages
-            call.done(grpc.StatusCode.CANCELLED)
-            raise
+            async with contextlib.aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
         except BaseException as error:  # every ending is counted and mapped in one place
             await call.fail(error, context)
             raise

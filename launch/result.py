@@ -1,0 +1,94 @@
+"""The demo's result.json, from what the roles wrote."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.progress import Progress
+from launch.tail import Tail
+from understudy.config import Config
+
+
+class Evaluations:
+    """Results of `understudy eval`, by policy."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def read(self, name: str, path: Path) -> None:
+        """Take the result that an evaluation wrote."""
+        self.results[name] = json.loads(path.read_text())
+
+    def accuracies(self) -> dict[str, Any]:
+        """Accuracy by policy: all, level1, level2, level3, each with ci95 and n."""
+        return {name: result["accuracy"] for name, result in self.results.items()}
+
+    def token_budget(self) -> dict[str, dict[str, float]]:
+        """Mean tokens, sampled tokens and turns of an episode, by policy."""
+        keys = ("tokens_mean", "sampled_tokens_mean", "turns_mean")
+        return {
+            name: {key: round(result[key], 2) for key in keys}
+            for name, result in self.results.items()
+        }
+
+
+def collect_result(
+    run_path: Path,
+    evaluations: Evaluations,
+    progress: Progress,
+    config: Config,
+    *,
+    interrupted: bool,
+) -> dict[str, Any]:
+    """Put the run into numbers, write them to `result.json` and return them."""
+    lines = Tail(run_path / "metrics.jsonl").new_lines()
+    steps = [line for line in lines if line["kind"] == "step"]
+    replicas = [line for line in lines if line["kind"] == "replica"]
+    result = {
+        "seed": config.run.seed,
+        "control": config.learner.tasks.shuffle_rewards,
+        "interrupted": interrupted,
+        **evaluations.accuracies(),
+        "episodes": sum(step["trajectories"] for step in steps),
+        "steps": len(steps),
+        "wall_seconds": {
+            **progress.seconds,
+            "total_after_setup": round(progress.elapsed, 2),
+        },
+        "versions_published": sum(line["kind"] == "version" for line in lines),
+        "staleness": _mean_and_max(steps, "staleness_mean", "staleness_max"),
+        "logprob_mismatch": _mean_and_max(replicas, "mismatch_mean", "mismatch_max"),
+        "token_budget": evaluations.token_budget(),
+        "machine": _machine(),
+    }
+    run_path.mkdir(parents=True, exist_ok=True)
+    (run_path / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _mean_and_max(lines: list[dict[str, Any]], mean: str, top: str) -> dict[str, float] | None:
+    if not lines:
+        return None
+    return {
+        "mean": sum(line[mean] for line in lines) / len(lines),
+        "max": max(line[top] for line in lines),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": cpu,
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }

@@ -1,0 +1,85 @@
+"""Command `understudy learner`: the intake and the trainer ranks."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from understudy.arguments import config_parser, load_from
+from understudy.config import Config
+
+INTAKE_MODULE = "learner.intake"
+TRAINER_MODULE = "learner.trainer.main"
+
+
+def run_learner(argv: Sequence[str]) -> int:
+    """Serve the intake, train with torchrun, or both."""
+    parser = config_parser("learner", "Start the learner: its intake and its trainer ranks.")
+    parser.add_argument(
+        "--part",
+        choices=("all", "intake", "trainer"),
+        default="all",
+        help="trainer nodes after the first run only `trainer`",
+    )
+    parser.add_argument("--stage", choices=("rl", "supervised"), default="rl")
+    parser.add_argument("--out", type=Path, help="model folder that the supervised stage writes")
+    arguments = parser.parse_args(argv)
+    config = load_from(arguments)
+    if arguments.part == "all" and arguments.stage == "rl":
+        return _run_both(arguments, config)
+    if arguments.part == "intake":
+        command = intake_command(arguments)
+    else:
+        command = trainer_command(arguments, config)
+    os.execv(command[0], command)
+
+
+def intake_command(arguments: argparse.Namespace) -> list[str]:
+    """Command line of the intake."""
+    return [sys.executable, "-m", INTAKE_MODULE, *_passed_on(arguments)]
+
+
+def trainer_command(arguments: argparse.Namespace, config: Config) -> list[str]:
+    """Command line of this node's trainer ranks: torchrun, which restarts ranks that die."""
+    learner = config.learner
+    meeting = (
+        ["--rdzv-backend=c10d", f"--rdzv-endpoint={learner.rendezvous}"]
+        if learner.rendezvous
+        else ["--standalone"]
+    )
+    out = ["--out", str(arguments.out)] if arguments.out else []
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *meeting,
+        f"--nnodes={learner.nodes}",
+        f"--nproc-per-node={learner.ranks}",
+        f"--max-restarts={learner.max_restarts}",
+        *("-m", TRAINER_MODULE, "--stage", arguments.stage),
+        *out,
+        *_passed_on(arguments),
+    ]
+
+
+def _passed_on(arguments: argparse.Namespace) -> list[str]:
+    overrides = [word for value in arguments.set for word in ("--set", value)]
+    insecure = ["--insecure"] if arguments.insecure else []
+    return ["--config", str(arguments.config), *overrides, *insecure]
+
+
+def _run_both(arguments: argparse.Namespace, config: Config) -> int:
+    from understudy.process import prepare_process
+    from understudy.supervisor import Supervisor
+
+    prepare_process("learner")
+    with Supervisor(config.run.path / "logs") as supervisor:
+        supervisor.start("intake", intake_command(arguments))
+        supervisor.wait_serving(
+            "intake",
+            config.learner.listen,
+            config.network,
+            config.network.connect_timeout_seconds,
+        )
+        supervisor.start("trainer", trainer_command(arguments, config))
+        supervisor.wait("trainer")
+    return 0

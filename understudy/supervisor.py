@@ -1,0 +1,171 @@
+"""Starts processes, watches them, and ends all of them whatever happens.
+
+Placement and restart on clusters belong to Slurm, Kubernetes or Ray; this serves one machine.
+"""
+
+import ctypes
+import logging
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from understudy.config import NetworkConfig
+from understudy.errors import PeerUnreachableError, UnderstudyError
+from understudy.rpc import open_sync_channel
+
+_log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.1
+_TAIL_LINES = 12
+
+
+class ProcessEndedError(UnderstudyError):
+    """A process ended that should still run."""
+
+
+class Supervisor:
+    """Child processes with one log file each.
+
+    with Supervisor(run_path / "logs") as supervisor:
+        supervisor.start("intake", [...])
+        supervisor.wait("trainer")
+
+    Leaving the block ends every child and all its descendants: SIGTERM, `grace` seconds, SIGKILL.
+    Children also get SIGTERM when this process dies without leaving it.
+    """
+
+    def __init__(self, logs: Path, grace: float = 4.0) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = logs
+        self._grace = grace
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        signal.signal(signal.SIGTERM, _interrupt)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop(*self._children)
+
+    def start(self, name: str, command: Sequence[str], stdout: Path | None = None) -> None:
+        """Start a process; its output goes to `<logs>/<name>.log`, or stdout to a file of its own.
+
+        The process runs in a session of its own, so that Ctrl-C reaches only this one.
+        """
+        with (self._logs / f"{name}.log").open("ab") as log:
+            output = stdout.open("wb") if stdout else log
+            self._children[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+            if stdout:
+                output.close()
+
+    def check(self) -> None:
+        """Raise ProcessEndedError, with the end of its log, if any child ended with an error."""
+        for name, child in self._children.items():
+            if child.poll() not in (None, 0):
+                raise ProcessEndedError(self._explain(name, child.returncode))
+
+    def wait(self, name: str, each_poll: Callable[[], None] = lambda: None) -> None:
+        """Wait until a child ends well, calling `each_poll` meanwhile.
+
+        Raises:
+            ProcessEndedError: this or any other child ended with an error.
+        """
+        while self._children[name].poll() is None:
+            self.check()
+            each_poll()
+            time.sleep(_POLL_SECONDS)
+        self.check()
+
+    def wait_serving(
+        self,
+        name: str,
+        address: str,
+        network: NetworkConfig,
+        timeout: float,
+        each_poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Wait until a child's server says SERVING.
+
+        Raises:
+            ProcessEndedError: a child ended instead.
+            PeerUnreachableError: after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        with open_sync_channel(address, network) as channel:
+            while not _is_serving(channel):
+                self.check()
+                if self._children[name].poll() is not None:
+                    raise ProcessEndedError(self._explain(name, self._children[name].returncode))
+                if time.monotonic() > deadline:
+                    raise PeerUnreachableError(
+                        f"{name} at {address} was not serving after {timeout:.0f} s; see "
+                        f"{self._logs / name}.log"
+                    )
+                each_poll()
+                time.sleep(_POLL_SECONDS)
+
+    def stop(self, *names: str) -> None:
+        """End children and all their descendants: SIGTERM, grace, SIGKILL."""
+        living = [self._children[name] for name in names if self._children[name].poll() is None]
+        family = [relative for child in living for relative in _family(child.pid)]
+        for child in living:
+            child.terminate()
+        _, left = psutil.wait_procs(family, timeout=self._grace)
+        for process in left:
+            _log.warning("killing %d, which did not end within %g s", process.pid, self._grace)
+            process.kill()
+        for child in living:
+            child.wait()
+        for name in names:
+            self._children.pop(name, None)
+
+    def _explain(self, name: str, code: int) -> str:
+        log = self._logs / f"{name}.log"
+        lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        tail = "\n  ".join(lines)
+        return f"{name} ended with code {code}; the end of {log}:\n  {tail}"
+
+
+def _is_serving(channel: grpc.Channel) -> bool:
+    try:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=2
+        )
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    # Runs between fork and exec: nothing but this one system call.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
