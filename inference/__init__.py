@@ -1,0 +1,1 @@
+"""Inference servers: batched generation under the newest policy they hold."""

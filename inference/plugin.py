@@ -1,0 +1,149 @@
+"""What runs inside vLLM's workers: new weights come from the shadow.
+
+vLLM loads `register` through the entry point group `vllm.general_plugins`; importing this module
+for the worker extension registers too, so that a source tree works without being installed.
+
+A shadow holds whole checkpoints, because vLLM can only reload whole modules: its linear layers are
+fused (q, k, v are one) and, on CPUs, packed when loaded. The order of one update is
+
+    start_weight_update -> update_weights(ShadowUpdate) -> finish_weight_update
+
+and generation is paused around it. An update that failed is ended by `abandon_weight_update`; the
+weights are then undefined until the next whole update.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
+
+BACKEND = "understudy-shadow"
+"""Name of the weight-transfer backend."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+@dataclass
+class ShadowInit(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class ShadowUpdate(WeightTransferUpdateInfo):
+    """Where the new weights lie."""
+
+    path: str = ""
+    """File to map."""
+    tensors: list[tuple[str, str, list[int], int]] = field(default_factory=list)
+    """(name, dtype, shape, offset in bytes) of each tensor."""
+
+
+class ShadowTransfer(WeightTransferEngine[ShadowInit, ShadowUpdate]):
+    """Reloads the whole model from a mapped shadow."""
+
+    init_info_cls = ShadowInit
+    update_info_cls = ShadowUpdate
+
+    def init_transfer_engine(self, init_info: ShadowInit) -> None:
+        """Nothing to do."""
+
+    def start_weight_update(self) -> None:
+        """Take every module apart into what the checkpoint has."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShadowUpdate) -> None:
+        """Load all tensors. Raises when a module lacks part of its weights."""
+        with open(update_info.path, "rb") as file:
+            # Private pages: torch wants a writable buffer, and a bug here must not reach others.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        model: Any = self.model
+        model.load_weights(_tensors(mapped, update_info.tensors))
+        missing = list(_incomplete_modules(self.model))
+        if missing:
+            raise ValueError(f"the checkpoint lacks weights of {', '.join(missing[:8])}")
+
+    def finish_weight_update(self) -> None:
+        """Put the modules together again, tied output layer included."""
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        _refresh_output_layer(self.model)
+
+    def abandon(self) -> None:
+        """End an update that failed: drop what was buffered, so that the next one starts clean."""
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+def _tensors(
+    mapped: mmap.mmap, tensors: list[tuple[str, str, list[int], int]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, dtype, shape, offset in tensors:
+        count = int(torch.Size(shape).numel())
+        flat = torch.frombuffer(mapped, dtype=_DTYPES[dtype], count=count, offset=offset)
+        yield name, flat.reshape(shape)
+
+
+def _incomplete_modules(model: torch.nn.Module) -> Iterator[str]:
+    """Modules that wait for weights: silent garbage if served.
+
+    Vocabulary layers are padded, so part of them is never loaded; they must have something. A tied
+    output layer has its weights from the embedding.
+    """
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        if not info.can_load() or is_deferred_attention_layer(module):
+            continue
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if isinstance(module, VocabParallelEmbedding):
+            if not info.load_numel and not (tied and name.endswith("lm_head")):
+                yield name
+        elif info.load_numel < (info.load_numel_total or 0):
+            yield name
+
+
+def _refresh_output_layer(model: torch.nn.Module) -> None:
+    # On CPUs the output layer computes with a packed copy. Tied to the embedding it has no weights
+    # of its own to load, so the reload passes it by and the copy stays old.
+    head = getattr(model, "lm_head", None)
+    if head is not None and current_platform.is_cpu():
+        head.quant_method.process_weights_after_loading(head)
+
+
+class ShadowWorker:
+    """Methods that every vLLM worker gets."""
+
+    def abandon_weight_update(self: Any) -> None:
+        """End an update that failed in this or another worker."""
+        if self._weight_update_active or any(
+            get_layerwise_info(module).can_load() for module in self.model_runner.model.modules()
+        ):
+            self.weight_transfer_engine.abandon()
+        self._weight_update_active = False
+
+
+def register() -> None:
+    """Make the backend known to vLLM. Idempotent."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, ShadowTransfer)
+
+
+register()

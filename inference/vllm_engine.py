@@ -1,0 +1,334 @@
+"""vLLM as the engine: AsyncLLM in this process, its core (scheduler and model) in one child.
+
+The order of a weight update, while requests run:
+
+    pause(keep) -> reload from the shadow -> stamp the version -> resume
+
+Requests stay in the scheduler. With `kv_on_update = "refresh"` the pause drops all keys and values,
+so running requests read their tokens again under the new weights; with "keep" they go on with the
+old ones. New requests never meet old keys and values either way: the prefix cache is salted by
+version. A reload that fails is healed by reloading the shadow of the version before; if that fails
+too, the engine refuses to serve.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inference.engine import Engine, EngineError, Generation, GenerationRequest, WeightLoadError
+from inference.weights import Shadow
+from understudy.config import InferenceConfig, ModelConfig
+from understudy.trajectory import FloatArray, IntArray, VersionSpan
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_log = logging.getLogger(__name__)
+_CPU_BLOCK_SIZE = 32
+"""Tokens of one KV block on CPUs, whose kernels want multiples of 32."""
+
+
+class VllmEngine(Engine):
+    """Continuous batching with in-flight weight updates."""
+
+    name = "vllm"
+
+    def __init__(self, config: InferenceConfig, model: ModelConfig) -> None:
+        self._config = config
+        self._model = model
+        self._llm: AsyncLLM | None = None
+        self._vocab_size = 0
+        self._version = 0
+        self._open = asyncio.Event()
+        self._loaded: Shadow | None = None
+        """Weights that are served; an update that fails is healed from them."""
+        self._broken: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model knows; valid after start."""
+        return self._vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus reply in tokens."""
+        return self._config.max_model_len
+
+    @property
+    def version(self) -> int:
+        """Policy version that new requests get; 0 before the first weights."""
+        return self._version
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine cannot serve any more; None while it can."""
+        if self._broken is None and self._llm is not None and self._llm.errored:
+            self._broken = "vLLM's core process died; restart this replica"
+        return self._broken
+
+    async def start(self, bundle: Path) -> None:
+        """Start vLLM with made-up weights and let it compile its kernels."""
+        set_vllm_environment(self._config)
+        # Takes many seconds; in a thread, so that health checks and signals are answered.
+        try:
+            await asyncio.to_thread(self._make_llm, bundle)
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"vLLM does not start with this model and config: {error}") from error
+        assert self._llm is not None
+        self._open.set()
+        self._vocab_size = self._llm.model_config.get_vocab_size()
+        await self._llm.update_weight_version("0")
+        await self._warm_up()
+
+    def _make_llm(self, bundle: Path) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM.from_engine_args(engine_args(bundle, self._config, self._model))
+
+    async def _warm_up(self) -> None:
+        # The first requests compile kernels, which takes seconds: do it before anybody waits.
+        length = min(64, self.max_model_len - 2)
+        prompt = np.arange(length, dtype=np.int32) % self._vocab_size
+        await asyncio.gather(
+            *(
+                self.generate(
+                    GenerationRequest(
+                        request_id=f"warm-up-{index}",
+                        prompt_token_ids=prompt,
+                        temperature=float(index % 2),
+                        max_new_tokens=2,
+                        seed=0 if index == 3 else None,
+                    )
+                )
+                for index in range(4)
+            )
+        )
+        await self.prompt_logprobs(prompt)
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Sample one reply. Cancelling the task aborts the request in vLLM."""
+        output = await self._run(
+            request.request_id, request.prompt_token_ids, _sampling_params(request)
+        )
+        return _generation(output.outputs[0])
+
+    async def prompt_logprobs(self, token_ids: IntArray) -> FloatArray:
+        """[N-1] log-probability of token 1..N-1 given those before it, at temperature 1."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(f"probe-{time.monotonic_ns()}", token_ids, params)
+        # vLLM writes nothing for the first token, which nothing predicts.
+        flat: Any = output.prompt_logprobs
+        return np.asarray(flat.logprobs, np.float32)
+
+    async def _run(
+        self, request_id: str, prompt_token_ids: IntArray, params: "SamplingParams"
+    ) -> "RequestOutput":
+        await self._open.wait()
+        if self._llm is None or self._broken:
+            raise EngineError(self._broken or "the engine is not started")
+        prompt: Any = {
+            "type": "token",
+            "prompt_token_ids": prompt_token_ids.tolist(),
+            "cache_salt": str(self._version),
+        }
+        final: RequestOutput | None = None
+        try:
+            # To its end, although the first output is the last: a generator left early would send
+            # an abort for the finished request.
+            async for output in self._llm.generate(prompt, params, request_id):
+                final = output
+        except _engine_dead_error() as error:
+            self._broken = f"vLLM died: {error}; restart this replica"
+            raise EngineError(self._broken) from error
+        if final is None or not final.finished:
+            raise EngineError(f"vLLM ended request {request_id} without an output")
+        return final
+
+    async def load_weights(self, shadow: Shadow, version: int) -> float:
+        """Serve the shadow's weights as this version from now on."""
+        if self._llm is None or self._broken:
+            raise EngineError(self._broken or "the engine is not started")
+        start = time.perf_counter()
+        self._open.clear()  # a request that came now would be salted with the old version
+        try:
+            await self._reload_or_heal(shadow, version)
+            await self._llm.engine_core.resume_scheduler_async()
+        except WeightLoadError:
+            await self._llm.engine_core.resume_scheduler_async()
+            raise
+        except asyncio.CancelledError:
+            self._broken = "a weight update was cancelled half-way; restart this replica"
+            raise
+        finally:
+            self._open.set()
+        return time.perf_counter() - start
+
+    async def _reload_or_heal(self, shadow: Shadow, version: int) -> None:
+        assert self._llm is not None
+        refresh = self._config.kv_on_update == "refresh"
+        try:
+            # AsyncLLM.pause_generation adds 20 ms of sleep that correctness does not need.
+            await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=refresh)
+            await self._reload(shadow, version)
+        except Exception as error:  # whatever the worker raised, in vLLM's or torch's words
+            await self._heal(error)
+            raise WeightLoadError(f"version {version}: {error}") from error
+        self._loaded, self._version = shadow, version
+
+    async def _reload(self, shadow: Shadow, version: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._llm
+        assert llm is not None
+        tensors = [[e.name, e.dtype, list(e.shape), e.offset] for e in shadow.layout]
+        await llm.start_weight_update()
+        await llm.update_weights(
+            WeightTransferUpdateRequest(update_info={"path": shadow.path, "tensors": tensors})
+        )
+        await llm.finish_weight_update(str(version))
+
+    async def _heal(self, cause: Exception) -> None:
+        """Bring back the version that was served, if there was one."""
+        assert self._llm is not None
+        try:
+            await self._llm.collective_rpc("abandon_weight_update")
+            if self._loaded is not None:
+                await self._reload(self._loaded, self._version)
+        except Exception as error:  # as above
+            self._broken = (
+                f"weights are undefined: an update failed ({cause}) and version {self._version} "
+                f"could not be brought back ({error}); restart this replica"
+            )
+            raise EngineError(self._broken) from error
+
+    async def stop(self) -> None:
+        """End vLLM's process; running requests fail."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            self._broken = "the engine was stopped"
+            await asyncio.to_thread(llm.shutdown)
+
+
+def set_vllm_environment(config: InferenceConfig) -> None:
+    """Set what vLLM reads from the environment; before its first import.
+
+    The model runs in the core process itself, not in a worker process below it: a hop less for
+    every step. On CPUs vLLM would bind threads to cores and take all but one; the process's own
+    affinity (`cpus`) and `threads` decide instead.
+    """
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.tensor_parallel_size == 1 else "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(max(config.threads, 1)),
+    }
+    os.environ.update(settings)
+
+
+def engine_args(bundle: Path, config: InferenceConfig, model: ModelConfig) -> "AsyncEngineArgs":
+    """vLLM's arguments for this replica."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from inference.plugin import BACKEND
+
+    on_cpu = current_platform.is_cpu()
+    device: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if on_cpu:
+        device = {
+            "block_size": _CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
+        }
+    return AsyncEngineArgs(
+        model=str(bundle),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=model.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_running,
+        tensor_parallel_size=config.tensor_parallel_size,
+        enforce_eager=config.enforce_eager or (on_cpu and not _has_compiler()),
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        disable_log_stats=on_cpu,  # vLLM's own metrics: 3 % of a small model's time,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls="inference.plugin.ShadowWorker",
+        **device,
+    )
+
+
+def _has_compiler() -> bool:
+    """Whether graphs can be compiled for CPUs: 20 % faster, some seconds later."""
+    found = shutil.which(os.environ.get("CXX", "g++")) is not None
+    if not found:
+        _log.warning("no C++ compiler (g++, or $CXX): running without compiled graphs")
+    return found
+
+
+def _sampling_params(request: GenerationRequest) -> "SamplingParams":
+    params_cls, final_only = _sampling_types()
+    params: SamplingParams = params_cls(
+        temperature=request.temperature,
+        max_tokens=request.max_new_tokens,
+        stop_token_ids=list(request.stop_token_ids),
+        ignore_eos=True,
+        seed=request.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=final_only,
+        skip_clone=True,
+    )
+    return params
+
+
+@functools.cache
+def _engine_dead_error() -> type[Exception]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
+@functools.cache
+def _sampling_types() -> tuple[Any, Any]:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams, RequestOutputKind.FINAL_ONLY
+
+
+def _generation(output: "CompletionOutput") -> Generation:
+    token_ids = np.asarray(output.token_ids, np.int32)
+    logprobs: Any = output.logprobs
+    return Generation(
+        token_ids=token_ids,
+        logprobs=np.asarray(logprobs.logprobs, np.float32),
+        version_spans=tuple(
+            VersionSpan(version=int(span.version), start=span.start, end=span.end)
+            for span in output.weight_versions or ()
+        ),
+        finish_reason="stop" if output.finish_reason == "stop" else "length",
+    )
