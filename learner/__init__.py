@@ -1,0 +1,1 @@
+"""The learner: the intake process (`learner.intake`) and the trainer ranks (`learner.trainer`)."""

@@ -1,0 +1,64 @@
+"""Actors: their incarnations and how far each one's records were taken."""
+
+from dataclasses import dataclass
+
+from learner.intake.refusals import RefusedError
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Incarnation:
+    """One life of an actor process, as seen through its newest stream."""
+
+    number: int
+    next_sequence: int = 0
+    """All records below were stored or rejected."""
+
+
+class Actors:
+    """Gives every actor process an incarnation; a newer one of the same name fences the older."""
+
+    def __init__(self, first_incarnation: int) -> None:
+        self._next_number = first_incarnation
+        self._first_number = first_incarnation
+        self._newest: dict[str, Incarnation] = {}
+
+    def welcome(self, actor_id: str, number: int, first_unacked: int) -> Incarnation:
+        """Open a stream of an actor, new (number 0) or known. An incarnation that an earlier start
+        of the intake gave is not known any more: the actor gets a new one, from sequence 0.
+
+        Raises:
+            RefusedError: OLD_INCARNATION, BAD_HELLO.
+        """
+        newest = self._newest.get(actor_id)
+        if number < self._first_number:
+            taken = Incarnation(number=self._next_number)
+            self._next_number += 1
+        elif newest is None or number > newest.number:
+            raise RefusedError(
+                "BAD_HELLO", f"incarnation {number} was never given to {actor_id!r}; send 0"
+            )
+        elif number < newest.number:
+            raise RefusedError(
+                "OLD_INCARNATION",
+                f"incarnation {number} of {actor_id!r} was followed by {newest.number}; names of "
+                "living actors are unique",
+            )
+        elif first_unacked > newest.next_sequence:
+            raise RefusedError(
+                "BAD_HELLO",
+                f"first_unacked_sequence {first_unacked} is above {newest.next_sequence}, the next "
+                "one that is expected",
+            )
+        else:
+            # A new object: the older stream of this incarnation finds itself replaced.
+            taken = Incarnation(number=number, next_sequence=newest.next_sequence)
+        self._newest[actor_id] = taken
+        return taken
+
+    def require_newest(self, actor_id: str, incarnation: Incarnation) -> None:
+        """Raise OLD_INCARNATION if another stream of the actor was opened since."""
+        if self._newest[actor_id] is not incarnation:
+            raise RefusedError(
+                "OLD_INCARNATION",
+                f"another stream of {actor_id!r} took over from incarnation {incarnation.number}",
+            )

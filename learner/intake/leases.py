@@ -1,0 +1,66 @@
+"""Leases: who plays what, and until when."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from learner.intake.tasks import Sample
+
+
+@dataclass(kw_only=True, slots=True)
+class Lease:
+    """The right to play one sample, for a while."""
+
+    lease_id: int
+    sample: Sample
+    actor_id: str
+    min_version: int
+    expires: float
+    """On the clock of whoever passes `now`."""
+
+
+class Leases:
+    """All leases. Each lasts equally long, so that insertion order is the order of expiry."""
+
+    def __init__(self, first_id: int, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self._next_id = first_id
+        self._leases: OrderedDict[int, Lease] = OrderedDict()
+
+    def add(self, sample: Sample, actor_id: str, min_version: int, now: float) -> Lease:
+        """Make a lease under an id that was never used."""
+        lease = Lease(
+            lease_id=self._next_id,
+            sample=sample,
+            actor_id=actor_id,
+            min_version=min_version,
+            expires=now + self.lease_seconds,
+        )
+        self._next_id += 1
+        self._leases[lease.lease_id] = lease
+        return lease
+
+    def renew(self, actor_id: str, lease_ids: Iterable[int], now: float) -> list[int]:
+        """Extend an actor's leases; returns those that are gone."""
+        gone = []
+        for lease_id in lease_ids:
+            lease = self._leases.get(lease_id)
+            if lease is None or lease.actor_id != actor_id:
+                gone.append(lease_id)
+                continue
+            lease.expires = now + self.lease_seconds
+            self._leases.move_to_end(lease_id)
+        return gone
+
+    def remove(self, lease_id: int) -> None:
+        """End a lease."""
+        del self._leases[lease_id]
+
+    def expired(self, now: float) -> list[Lease]:
+        """Leases whose time is over, oldest first."""
+        late = []
+        for lease in self._leases.values():
+            if lease.expires > now:
+                break
+            late.append(lease)
+        return late

@@ -1,0 +1,102 @@
+"""Records: from an actor's envelope to a result of its task key."""
+
+import asyncio
+import logging
+
+from learner.intake.intake import Intake
+from learner.intake.tasks import Summary, TaskKey
+from understudy.trajectory import Trajectory, TrajectoryError, decode_record
+from understudy.v1 import trajectory_pb2
+
+_log = logging.getLogger(__name__)
+
+THREAD_BYTES = 2**20
+"""Payloads above this are decoded on a thread, so that other streams go on."""
+_DATA = (trajectory_pb2.OUTCOME_COMPLETED, trajectory_pb2.OUTCOME_TRUNCATED)
+
+
+def decode_key(record: trajectory_pb2.TrajectoryRecord) -> TaskKey:
+    """The task key of a record."""
+    return TaskKey(record.task_key.ordinal, record.task_key.sample_index)
+
+
+def decode_stored(record: bytes) -> Trajectory:
+    """The trajectory of a record as the store holds it."""
+    return decode_record(trajectory_pb2.TrajectoryRecord.FromString(record))
+
+
+class Inspector:
+    """Looks into records and hands results to the intake."""
+
+    def __init__(self, intake: Intake, max_payload_bytes: int) -> None:
+        self._intake = intake
+        self._tasks = intake.config.learner.tasks
+        self._max_payload_bytes = max_payload_bytes
+
+    async def take(self, record: trajectory_pb2.TrajectoryRecord) -> bool:
+        """Take one record; False if its task key needs no result any more.
+
+        Raises:
+            TrajectoryError: the record is rejected. Its sample was given back or dropped.
+        """
+        key = decode_key(record)
+        ledger = self._intake.ledger
+        if not ledger.knows(key):
+            raise TrajectoryError("UNKNOWN_TASK_KEY", f"task_key {key} was never leased")
+        if ledger.has_result(key):
+            return False
+        try:
+            trajectory = await self._decode(record)
+            self._check(key, record, trajectory)
+        except TrajectoryError as error:
+            _log.error("record of task key %s rejected: %s", tuple(key), error)
+            await self._intake.fail(key, record.lease_id, error.reason.lower())
+            raise
+        if record.outcome not in _DATA:
+            await self._intake.fail(key, record.lease_id, "failed")
+            return True
+        return await self._intake.deliver(key, summarize(trajectory), record.SerializeToString())
+
+    async def _decode(self, record: trajectory_pb2.TrajectoryRecord) -> Trajectory:
+        size = len(record.payload)
+        if size > self._max_payload_bytes:
+            raise TrajectoryError(
+                "TOO_LARGE", f"payload of {size} bytes is above {self._max_payload_bytes}"
+            )
+        if size > THREAD_BYTES:
+            return await asyncio.to_thread(decode_record, record)
+        return decode_record(record)
+
+    def _check(
+        self, key: TaskKey, record: trajectory_pb2.TrajectoryRecord, trajectory: Trajectory
+    ) -> None:
+        if trajectory.outcome != record.outcome:
+            raise TrajectoryError(
+                "BAD_PAYLOAD", f"outcome {trajectory.outcome}; the record's is {record.outcome}"
+            )
+        head = self._intake.ledger.admission.version
+        versions = [s.version for segment in trajectory.segments for s in segment.version_spans]
+        if versions and not 1 <= min(versions) <= max(versions) <= head:
+            raise TrajectoryError(
+                "UNKNOWN_VERSION", f"versions {sorted(set(versions))}; published are 1 to {head}"
+            )
+        if record.outcome not in _DATA:  # a failed episode may not have got as far as its task
+            return
+        played = (trajectory.suite, trajectory.split, trajectory.task_ordinal)
+        leased = (self._tasks.suite, self._tasks.split, self._intake.ledger.task_ordinal(key))
+        if played != leased:
+            raise TrajectoryError("BAD_PAYLOAD", f"task {played}; the leased one is {leased}")
+
+
+def summarize(trajectory: Trajectory) -> Summary:
+    """What the ledger and the batches keep in reach."""
+    return Summary(
+        task_id=trajectory.task_id,
+        level=trajectory.level,
+        reward=trajectory.reward,
+        oldest_version=trajectory.oldest_version,
+        num_tokens=trajectory.num_tokens,
+        num_sampled_tokens=trajectory.num_sampled_tokens,
+        num_turns=len(trajectory.turns),
+        truncated=trajectory.outcome == trajectory_pb2.OUTCOME_TRUNCATED,
+    )

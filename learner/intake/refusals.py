@@ -1,0 +1,55 @@
+"""Refusals: what the intake's state says no with, and the status code that each becomes."""
+
+import contextlib
+from collections.abc import Iterator
+
+import grpc
+
+from understudy.rpc import ServiceError
+
+_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
+_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
+CODES = {
+    "BAD_DIGEST": _ARGUMENT,
+    "BAD_HELLO": _ARGUMENT,
+    "BAD_MANIFEST": _ARGUMENT,
+    "BAD_RANK": _ARGUMENT,
+    "BAD_REQUEST": _ARGUMENT,
+    "CREDITS_EXCEEDED": _PRECONDITION,
+    "DRAINING": grpc.StatusCode.UNAVAILABLE,
+    "MISSING_TENSOR": _ARGUMENT,
+    "NON_FINITE": _ARGUMENT,
+    "OLD_EPOCH": _PRECONDITION,
+    "OLD_INCARNATION": _PRECONDITION,
+    "OUT_OF_ORDER": _PRECONDITION,
+    "PART_CONFLICT": _PRECONDITION,
+    "PUBLICATION_DISCARDED": grpc.StatusCode.ABORTED,
+    "RUN_MISMATCH": _PRECONDITION,
+    "STEP_OUT_OF_ORDER": _PRECONDITION,
+    "UNKNOWN_VERSION": grpc.StatusCode.NOT_FOUND,
+    "WRONG_BASE": _PRECONDITION,
+}
+"""Status code by reason, as the comments of the rpcs list them."""
+
+
+class RefusedError(Exception):
+    """A call that the state does not allow: `reason` in capitals, `detail` for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def draining() -> RefusedError:
+    """The refusal of everything once the process ends."""
+    return RefusedError("DRAINING", "the intake is stopping; try again once it is back")
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Turn a refusal into the status that its rpc documents."""
+    try:
+        yield
+    except RefusedError as error:
+        raise ServiceError(CODES[error.reason], error.reason, error.detail) from error

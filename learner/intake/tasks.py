@@ -1,0 +1,117 @@
+"""Task keys: their states, their groups, and the balance over them."""
+
+import enum
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class State(enum.Enum):
+    """Where a task key is. TRAINED and DROPPED are ends; a key is issued into WAITING."""
+
+    WAITING = "waiting"
+    LEASED = "leased"
+    STORED = "stored"
+    ASSIGNED = "assigned"
+    TRAINED = "trained"
+    DROPPED = "dropped"
+
+
+class TaskKey(NamedTuple):
+    """One sample of one task, for example the third of the run's ninth task: (8, 2)."""
+
+    ordinal: int
+    sample_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What is kept in reach of a stored trajectory."""
+
+    task_id: str
+    level: int
+    reward: float
+    oldest_version: int | None
+    """Lowest policy version of any sampled token; None if nothing was sampled."""
+    num_tokens: int
+    num_sampled_tokens: int
+    num_turns: int
+    truncated: bool
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Sample:
+    """One task key and its state."""
+
+    key: TaskKey
+    state: State = State.WAITING
+    num_failures: int = 0
+    lease_id: int = 0
+    """Lease that it is played under; 0 if it is not LEASED."""
+    reason: str = ""
+    """Why it was dropped."""
+    summary: Summary | None = None
+    """Set from STORED on."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Group:
+    """The samples of one task."""
+
+    ordinal: int
+    batch: int
+    """Batch that the group completes if groups complete in the order of their issue."""
+    samples: list[Sample] = field(default_factory=list)
+
+    def in_state(self, *states: State) -> list[Sample]:
+        """Samples in one of the states, by sample index."""
+        return [sample for sample in self.samples if sample.state in states]
+
+    @property
+    def complete(self) -> bool:
+        """Every sample has ended, and at least two have a trajectory."""
+        pending = self.in_state(State.WAITING, State.LEASED)
+        return not pending and len(self.in_state(State.STORED)) >= 2
+
+    @property
+    def hopeless(self) -> bool:
+        """Fewer than two samples can still have a trajectory: nothing to compare."""
+        return len(self.in_state(State.WAITING, State.LEASED, State.STORED)) < 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """The accounts: every task key that was issued is in exactly one state."""
+
+    issued: int
+    """Task keys ever issued, counted at issue and not from the states."""
+    states: Mapping[State, int]
+    dropped: Mapping[str, int]
+    """Dropped task keys by reason."""
+
+    @property
+    def holds(self) -> bool:
+        """issued = waiting + leased + stored + assigned + trained + dropped{reason}."""
+        reasons_agree = self.states[State.DROPPED] == sum(self.dropped.values())
+        return reasons_agree and self.issued == sum(self.states.values())
+
+    def figures(self) -> dict[str, int]:
+        """All figures by name."""
+        return {"issued": self.issued, **{state.value: self.states[state] for state in State}}
+
+
+Ended = Counter[tuple[State, str]]
+"""Task keys that are no longer held one by one: how many, by state and reason."""
+
+
+def count_balance(issued: int, held: Iterable[Sample], ended: Ended) -> Balance:
+    """Count the states of all task keys: those held and those that have ended."""
+    counts = Counter((sample.state, sample.reason) for sample in held) + ended
+    states = dict.fromkeys(State, 0)
+    dropped: Counter[str] = Counter()
+    for (state, reason), number in counts.items():
+        states[state] += number
+        if state is State.DROPPED:
+            dropped[reason] += number
+    return Balance(issued=issued, states=states, dropped=dropped)

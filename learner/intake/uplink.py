@@ -1,0 +1,203 @@
+"""TrajectoryService: takes the trajectories of actors.
+
+    requests -> [reader: check, decode, deliver] -> next_sequence -> [responses: Nack, Ack]
+
+One stream is one reader task and one generator of responses. The reader never waits for acks to be
+sent; an ack covers whatever was taken in the milliseconds since the first record that it acks, so
+that a burst of records costs one.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from learner.intake.actors import Actors, Incarnation
+from learner.intake.credits import MAX_PAYLOAD_BYTES, Grant, Window, grant
+from learner.intake.intake import IDS_PER_EPOCH, Intake
+from learner.intake.records import Inspector
+from learner.intake.refusals import RefusedError, draining, mapped
+from understudy import metrics
+from understudy.trajectory import MAX_DECODED_BYTES, TrajectoryError
+from understudy.v1 import trajectory_pb2, trajectory_pb2_grpc
+
+Requests = AsyncIterator[trajectory_pb2.PushTrajectoriesRequest]
+Response = trajectory_pb2.PushTrajectoriesResponse
+
+ACK_DELAY_SECONDS = 0.005
+"""Longest that an ack waits for more records to ack."""
+BURST_RECORDS = 64
+"""Records that are acked without further delay."""
+MAX_ACTOR_ID_BYTES = 64
+
+
+class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
+    """Serves the streams of all actors."""
+
+    def __init__(self, intake: Intake, epoch: int) -> None:
+        self.intake = intake
+        self.epoch = epoch
+        self.run_id = intake.config.run.name
+        self.max_payload_bytes = min(MAX_PAYLOAD_BYTES, intake.config.learner.store_bytes)
+        self.actors = Actors(epoch * IDS_PER_EPOCH + 1)
+        self.streams: set[Stream] = set()
+        self.inspector = Inspector(intake, self.max_payload_bytes)
+        self.closed = False
+
+    def grant(self) -> Grant:
+        """Credits of one stream, as things stand."""
+        return grant(self.intake.free_bytes, len(self.streams), self.max_payload_bytes)
+
+    def room_freed(self) -> None:
+        """Streams that were left without credits get some."""
+        for stream in self.streams:
+            if not stream.window.current.records:
+                stream.wake.set()
+
+    def close(self) -> None:
+        """End all streams once what they sent is acked; refuse new ones."""
+        self.closed = True
+        for stream in self.streams:
+            stream.wake.set()
+
+    async def PushTrajectories(
+        self, requests: Requests, context: object
+    ) -> AsyncIterator[Response]:
+        with mapped():
+            if self.closed:
+                raise draining()
+            stream = self._open(await anext(requests, None))
+            self.streams.add(stream)
+            reader = asyncio.create_task(stream.read(requests))
+            try:
+                yield Response(welcome=stream.welcome())
+                async for response in stream.responses(reader):
+                    yield response
+            finally:
+                self.streams.discard(stream)
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    def _open(self, first: trajectory_pb2.PushTrajectoriesRequest | None) -> "Stream":
+        if first is None or not first.HasField("hello"):
+            raise RefusedError("BAD_HELLO", "the first message is a hello")
+        hello = first.hello
+        if hello.run_id not in ("", self.run_id):
+            raise RefusedError("RUN_MISMATCH", f"run {hello.run_id!r}; served is {self.run_id!r}")
+        if not 0 < len(hello.actor_id.encode()) <= MAX_ACTOR_ID_BYTES:
+            raise RefusedError(
+                "BAD_HELLO", f"actor_id {hello.actor_id!r} is empty or above {MAX_ACTOR_ID_BYTES} B"
+            )
+        incarnation = self.actors.welcome(
+            hello.actor_id, hello.incarnation, hello.first_unacked_sequence
+        )
+        return Stream(self, hello.actor_id, incarnation)
+
+
+class Stream:
+    """One actor's stream: how far its records were taken, and what is still to be answered."""
+
+    def __init__(
+        self, servicer: TrajectoryServicer, actor_id: str, incarnation: Incarnation
+    ) -> None:
+        self.servicer = servicer
+        self.actor_id = actor_id
+        self.incarnation = incarnation
+        self.window = Window()
+        self.wake = asyncio.Event()
+        self._acked = incarnation.next_sequence
+        self._num_answers = 0
+        """Records taken or seen again since the last ack."""
+        self._nacks: list[trajectory_pb2.Nack] = []
+        self._wire_bytes = metrics.WIRE_BYTES.labels("received", "compressed")
+
+    def welcome(self) -> trajectory_pb2.Welcome:
+        """The answer to Hello."""
+        self.window.open(self.servicer.grant())
+        return trajectory_pb2.Welcome(
+            epoch=self.servicer.epoch,
+            incarnation=self.incarnation.number,
+            next_sequence=self._acked,
+            credits=self._credits(),
+            max_payload_bytes=self.servicer.max_payload_bytes,
+            max_decoded_bytes=MAX_DECODED_BYTES,
+        )
+
+    async def read(self, requests: Requests) -> None:
+        """Take records until the stream ends."""
+        try:
+            async for request in requests:
+                if not request.HasField("record"):
+                    raise RefusedError("OUT_OF_ORDER", "after the hello come records only")
+                await self._take(request.record)
+                self._num_answers += 1
+                self.wake.set()
+        finally:
+            self.wake.set()
+
+    async def responses(self, reader: asyncio.Task[None]) -> AsyncIterator[Response]:
+        """Nacks and acks until the reader has ended and all it took is answered."""
+        while True:
+            await self.wake.wait()
+            if not reader.done() and self._num_answers < BURST_RECORDS:
+                await asyncio.sleep(ACK_DELAY_SECONDS)
+            ended = reader.done() or self.servicer.closed
+            self.wake.clear()
+            nacks, self._nacks = self._nacks, []
+            for nack in nacks:
+                yield Response(nack=nack)
+            if self._num_answers or not self.window.current.records:
+                yield Response(ack=await self._ack())
+            if ended:
+                break
+        if self.servicer.closed:
+            raise draining()
+        await reader  # raises what ended it
+
+    async def _ack(self) -> trajectory_pb2.Ack:
+        self._num_answers = 0
+        self._acked = self.incarnation.next_sequence
+        acked = self._acked
+        self.window.open(self.servicer.grant())
+        await self.servicer.intake.store.flush()
+        return trajectory_pb2.Ack(next_sequence=acked, credits=self._credits())
+
+    def _credits(self) -> trajectory_pb2.Credits:
+        current = self.window.current
+        return trajectory_pb2.Credits(records=current.records, payload_bytes=current.payload_bytes)
+
+    async def _take(self, record: trajectory_pb2.TrajectoryRecord) -> None:
+        self._check_envelope(record)
+        self._wire_bytes.inc(len(record.payload))
+        if record.sequence < self.incarnation.next_sequence:
+            metrics.TRAJECTORIES_DUPLICATE.inc()
+            return
+        try:
+            taken = await self.servicer.inspector.take(record)
+        except TrajectoryError as error:
+            self._nacks.append(
+                trajectory_pb2.Nack(
+                    sequence=record.sequence, reason=error.reason, detail=error.detail
+                )
+            )
+        else:
+            if not taken:
+                metrics.TRAJECTORIES_DUPLICATE.inc()
+        self.incarnation.next_sequence += 1
+
+    def _check_envelope(self, record: trajectory_pb2.TrajectoryRecord) -> None:
+        if record.epoch != self.servicer.epoch:
+            raise RefusedError(
+                "OLD_EPOCH", f"record.epoch {record.epoch}; this intake's is {self.servicer.epoch}"
+            )
+        if record.incarnation != self.incarnation.number:
+            raise RefusedError(
+                "OLD_INCARNATION",
+                f"record.incarnation {record.incarnation}; welcomed was {self.incarnation.number}",
+            )
+        self.servicer.actors.require_newest(self.actor_id, self.incarnation)
+        if record.sequence > self.incarnation.next_sequence:
+            raise RefusedError(
+                "OUT_OF_ORDER",
+                f"record.sequence {record.sequence}; expected is {self.incarnation.next_sequence}",
+            )
+        # One that is too large is rejected by name rather than for the credits it takes.
+        self.window.take(min(len(record.payload), self.servicer.max_payload_bytes))
