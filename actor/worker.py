@@ -51,7 +51,7 @@ class Worker:
         """Episodes that are played now."""
         return len(self._running)
 
-    async def run(self, grace: float = 5.0) -> None:
+    async def run(self, grace: float = 1.5) -> None:
         """Play until the run has no more tasks, or the process drains; then send what is left.
 
         Args:

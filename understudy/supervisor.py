@@ -73,6 +73,10 @@ class Supervisor:
             if stdout:
                 output.close()
 
+    def pid(self, name: str) -> int:
+        """Process id of a child."""
+        return self._children[name].pid
+
     def check(self) -> None:
         """Raise ProcessEndedError, with the end of its log, if any child ended with an error."""
         for name, child in self._children.items():
