@@ -23,6 +23,8 @@ from understudy.v1 import common_pb2, trajectory_pb2
 
 COMPLETED = trajectory_pb2.OUTCOME_COMPLETED
 TRUNCATED = trajectory_pb2.OUTCOME_TRUNCATED
+_CHARACTERS_PER_TOKEN = 100
+"""More than any text has, on average; tokenisers get about 4."""
 
 
 class _CutShortError(Exception):
@@ -87,6 +89,7 @@ class Player:
         conversation = record.conversation
         assert conversation is not None
         start = time.monotonic()
+        _refuse_flood(messages, lease.max_tokens)
         generation = await self._generate(lease, conversation.observe(messages), len(record.turns))
         generated = time.monotonic()
         first = conversation.num_sampled
@@ -130,6 +133,13 @@ class Player:
             sampling.seed = (lease.sampling.seed + turn * 0x9E3779B97F4A7C15) % 2**63
         key = f"{lease.ordinal}-{lease.sample_index}"
         return await self._inference.generate(prompt, sampling, key, lease.min_version)
+
+
+def _refuse_flood(messages: list[dict[str, Any]], max_tokens: int) -> None:
+    """Tokenising blocks the event loop: what cannot fit into the segment is not tokenised."""
+    size = sum(len(message["content"]) for message in messages)
+    if size > _CHARACTERS_PER_TOKEN * max_tokens:
+        raise _CutShortError(f"max_tokens = {max_tokens}: an observation has {size} characters")
 
 
 async def _step(session: Session, calls: list[tuple[str, Any]], text: str) -> Observation:

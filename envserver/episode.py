@@ -13,6 +13,8 @@ from understudy.rpc import ServiceError
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_closing: set[asyncio.Task[None]] = set()
+"""Environments that are being closed; the event loop itself holds tasks only weakly."""
 
 
 class Workers:
@@ -82,9 +84,15 @@ class Episode:
         return step
 
     async def close(self) -> None:
-        """Free the environment; an error there is logged and harms nobody."""
+        """Free the environment, even if the caller is cancelled meanwhile."""
         if self._hung:
             return
+        closing = asyncio.create_task(self._close())
+        _closing.add(closing)
+        closing.add_done_callback(_closing.discard)
+        await asyncio.shield(closing)
+
+    async def _close(self) -> None:
         try:
             await self._call(self._environment.close)
         except Exception:  # the environment is a user's code: anything may come out of it

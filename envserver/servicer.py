@@ -23,6 +23,7 @@ from understudy.config import EnvserverConfig
 from understudy.rpc import RoleControl, ServiceError
 from understudy.v1 import common_pb2, environment_pb2, environment_pb2_grpc
 
+MAX_OBSERVATION_CHARACTERS = 2**20
 SessionRequests = AsyncIterator[environment_pb2.SessionRequest]
 
 
@@ -194,9 +195,10 @@ def _encode_reset(reset: Reset) -> environment_pb2.ResetResponse:
 
 def _encode_step(turn: int, step: Step) -> environment_pb2.StepResponse:
     if not math.isfinite(step.reward):
-        raise ServiceError(
-            grpc.StatusCode.INTERNAL, "ENVIRONMENT_FAILED", f"reward {step.reward} is not finite"
-        )
+        raise _failed(f"reward {step.reward} is not finite")
+    size = sum(len(message.content) for message in step.messages)
+    if size > MAX_OBSERVATION_CHARACTERS:
+        raise _failed(f"an observation of {size} characters is above {MAX_OBSERVATION_CHARACTERS}")
     return environment_pb2.StepResponse(
         turn=turn,
         messages=[
@@ -207,6 +209,10 @@ def _encode_step(turn: int, step: Step) -> environment_pb2.StepResponse:
         terminated=step.terminated,
         truncated=step.truncated,
     )
+
+
+def _failed(message: str) -> ServiceError:
+    return ServiceError(grpc.StatusCode.INTERNAL, "ENVIRONMENT_FAILED", message)
 
 
 def _count_tools(suite: str, step: Step) -> None:

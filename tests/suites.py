@@ -74,6 +74,8 @@ class FaultyEnvironment(EchoEnvironment):
             case "infinite":
                 return Step(reward=float("inf"))
             case "long":
+                return Step(messages=[Message(role="tool", content="x" * 500_000)])
+            case "longer":
                 return Step(messages=[Message(role="tool", content="x" * 2_000_000)])
         return super().step(action)
 
