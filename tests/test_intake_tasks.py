@@ -99,10 +99,10 @@ async def test_an_expired_lease_is_leased_again_and_its_late_result_counts_once(
 
 
 async def test_a_renewed_lease_does_not_expire(tmp_path: Path) -> None:
-    async with running(make_config(tmp_path, lease_seconds=0.5)) as rig:
+    async with running(make_config(tmp_path, lease_seconds=0.9)) as rig:
         (lease,) = await rig.lease(1)
         for _ in range(5):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.25)
             request = task_pb2.RenewLeasesRequest(actor_id="a", lease_ids=[lease.lease_id])
             assert not (await rig.tasks.RenewLeases(request, timeout=2)).gone_lease_ids
         assert rig.intake.balance().figures()["leased"] == 1
@@ -172,8 +172,7 @@ async def test_a_record_before_the_hello_is_refused(tmp_path: Path) -> None:
         call = rig.trajectories.PushTrajectories()
         record = trajectory_pb2.TrajectoryRecord()
         await call.write(trajectory_pb2.PushTrajectoriesRequest(record=record))
-        assert await call.read() is grpc.aio.EOF
-        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert await reason_of(call.read()) == "BAD_HELLO"
 
 
 async def test_a_newer_incarnation_fences_the_older(tmp_path: Path) -> None:
@@ -203,14 +202,14 @@ async def test_wrong_envelopes_end_the_stream(tmp_path: Path, field: str, reason
 
 
 async def test_credits_shrink_with_the_store_and_come_back(tmp_path: Path) -> None:
-    config = make_config(tmp_path, store_bytes=8_000, groups_per_batch=1)
+    config = make_config(tmp_path, store_bytes=12_000, groups_per_batch=1)
     async with running(config) as rig:
         leases = await rig.lease()
         async with rig.pusher() as pusher:
-            assert pusher.welcome.credits.payload_bytes == 8_000
+            assert pusher.welcome.credits.payload_bytes == 12_000
             for lease in leases[:2]:
                 await pusher.send(make_record(lease, trajectory(lease, num_tokens=4000)))
-            await pusher.acked()
+                await pusher.acked()
             assert rig.intake.free_bytes == 0
             async with rig.pusher(actor_id="late") as late:
                 assert late.welcome.credits == trajectory_pb2.Credits()
@@ -220,10 +219,11 @@ async def test_credits_shrink_with_the_store_and_come_back(tmp_path: Path) -> No
 
 
 async def test_more_than_the_credits_is_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path, store_bytes=8_000, groups_per_batch=1)
+    config = make_config(tmp_path, store_bytes=12_000, groups_per_batch=1)
     async with running(config) as rig:
         leases = await rig.lease()
-        await rig.play(leases[:2], num_tokens=4000)
+        for lease in leases[:2]:
+            await rig.play([lease], num_tokens=4000)
         async with rig.pusher(actor_id="late") as late:
             await late.send(make_record(leases[2], trajectory(leases[2])))
             await late.read()
@@ -271,7 +271,7 @@ async def test_bad_records_are_rejected_by_name(tmp_path: Path, how: str, reason
             nacks = await pusher.acked()
         assert [(nack.sequence, nack.reason) for nack in nacks] == [(0, reason)]
         balance = rig.intake.balance()
-        assert balance.states.keys() and balance.holds
+        assert balance.holds
         if how in ("ordinal", "index", "task"):  # not the sample that it was leased for
             assert not balance.dropped
         else:

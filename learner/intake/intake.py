@@ -123,9 +123,14 @@ class Intake:
         async with self._changed:
             taken = self.ledger.deliver(key, summary, record)
             # Waking all who wait costs more than a record: only if there is something for them.
-            if self.ledger.is_complete(key.ordinal) or self.ledger.can_lease:
+            if self.ledger.can_lease or self._batch_is_ready(key):
                 self._changed.notify_all()
         return taken
+
+    def _batch_is_ready(self, key: TaskKey) -> bool:
+        """Whether a result made a batch complete that somebody waits for."""
+        complete = self._num_askers and self.ledger.is_complete(key.ordinal)
+        return bool(complete and self.ledger.ready_groups())
 
     async def fail(self, key: TaskKey, lease_id: int, reason: str) -> None:
         """An episode came to nothing, for example because its environment failed."""

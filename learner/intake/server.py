@@ -19,8 +19,13 @@ from learner.intake.weight_store import WeightStore
 from understudy import metrics
 from understudy.config import Config
 from understudy.rpc import RoleControl, RoleServer, Service
-from understudy.v1 import batch_pb2_grpc, control_pb2, task_pb2_grpc, trajectory_pb2_grpc
-from understudy.v1 import weight_pb2_grpc as weight_grpc
+from understudy.v1 import (
+    batch_pb2_grpc,
+    control_pb2,
+    task_pb2_grpc,
+    trajectory_pb2_grpc,
+    weight_pb2_grpc,
+)
 
 MAX_MESSAGE_BYTES = 2 * MAX_PAYLOAD_BYTES
 """Largest message: a trajectory that is too large is to be rejected by name, not by gRPC."""
@@ -121,13 +126,11 @@ class IntakeServer:
         )
 
     def _services(self) -> list[Service]:
-        tasks = TaskServicer(self.intake, self.control)
-        batches = BatchServicer(self.intake)
         return [
-            _service("Task", task_pb2_grpc, tasks),
+            _service("Task", task_pb2_grpc, TaskServicer(self.intake, self.control)),
             _service("Trajectory", trajectory_pb2_grpc, self.trajectories),
-            _service("Batch", batch_pb2_grpc, batches),
-            _service("Weight", weight_grpc, self.weight_servicer),
+            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake)),
+            _service("Weight", weight_pb2_grpc, self.weight_servicer),
         ]
 
 
@@ -140,8 +143,8 @@ def _service(word: str, generated: object, servicer: object) -> Service:
 async def serve_intake(config: Config) -> int:
     """Serve the intake on config.learner.listen until drained. Returns the exit code."""
     server = IntakeServer(config)
-    await server.start()
     metrics.start_exporter(config.learner.metrics_listen, "learner")
+    await server.start()
     await server.drained()
     await server.stop()
     return 0

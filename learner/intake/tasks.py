@@ -93,8 +93,8 @@ class Balance:
     @property
     def holds(self) -> bool:
         """issued = waiting + leased + stored + assigned + trained + dropped{reason}."""
-        reasons_agree = self.states[State.DROPPED] == sum(self.dropped.values())
-        return reasons_agree and self.issued == sum(self.states.values())
+        in_reasons = sum(self.dropped.values())
+        return (self.issued, self.states[State.DROPPED]) == (sum(self.states.values()), in_reasons)
 
     def figures(self) -> dict[str, int]:
         """All figures by name."""

@@ -199,5 +199,6 @@ class Stream:
                 "OUT_OF_ORDER",
                 f"record.sequence {record.sequence}; expected is {self.incarnation.next_sequence}",
             )
-        # One that is too large is rejected by name rather than for the credits it takes.
-        self.window.take(min(len(record.payload), self.servicer.max_payload_bytes))
+        size = len(record.payload)
+        # One that is too large is rejected by its own name, not for the credits that it takes.
+        self.window.take(size if size <= self.servicer.max_payload_bytes else 0)
