@@ -82,8 +82,7 @@ def run_demo_plan(plan: DemoPlan) -> int:
         demo.run_path, demo.evaluations, demo.progress, demo.config, interrupted=bool(code)
     )
     print(format_table(result))
-    if not code:
-        print(f"report: {write_report(demo.run_path)}")
+    print(f"report: {write_report(demo.run_path)}")
     return code
 
 

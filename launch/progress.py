@@ -135,8 +135,8 @@ def _step_figures(steps: list[dict[str, Any]], num_steps: int) -> dict[str, str]
     later = steps[1:]
     rates = {}
     if later:
-        trajectories = sum(step.get("trajectories", 0) for step in later)
-        tokens = sum(step.get("trajectories", 0) * step.get("tokens_mean", 0.0) for step in later)
+        trajectories = sum(step["episodes"] for step in later)
+        tokens = sum(step["episodes"] * step["tokens_mean"] for step in later)
         rates = {
             "trajectories/s": f"{trajectories / seconds:.0f}",
             "tokens/s": f"{tokens / seconds:,.0f}",

@@ -53,7 +53,7 @@ def collect_result(
         "control": config.learner.tasks.shuffle_rewards,
         "interrupted": interrupted,
         **evaluations.accuracies(),
-        "episodes": sum(step["trajectories"] for step in steps),
+        "episodes": sum(step["episodes"] for step in steps),
         "steps": len(steps),
         "wall_seconds": {
             **progress.seconds,
@@ -71,6 +71,7 @@ def collect_result(
 
 
 def _mean_and_max(lines: list[dict[str, Any]], mean: str, top: str) -> dict[str, float] | None:
+    lines = [line for line in lines if line.get(mean) is not None]
     if not lines:
         return None
     return {

@@ -32,7 +32,13 @@ DENSE = weight_pb2.TENSOR_ENCODING_DENSE
 
 
 def make_config(
-    folder: Path, *, steps: int = 4, store_bytes: int = 2**26, seed: int = 0, **tasks: Any
+    folder: Path,
+    *,
+    steps: int = 4,
+    max_seconds: float | None = None,
+    store_bytes: int = 2**26,
+    seed: int = 0,
+    **tasks: Any,
 ) -> Config:
     """A run of two groups of two a batch, unless told otherwise."""
     model = folder / "model"
@@ -50,7 +56,7 @@ def make_config(
             metrics_listen="127.0.0.1:0",
             store_bytes=store_bytes,
             tasks=TasksConfig(**shape),
-            train=TrainConfig(steps=steps),
+            train=TrainConfig(steps=steps, max_seconds=max_seconds),
         ),
     )
 

@@ -165,6 +165,18 @@ async def test_the_last_batch_says_so(tmp_path: Path) -> None:
         assert await reason_of(rig.batch(2)) == "STEP_OUT_OF_ORDER"
 
 
+async def test_the_batch_closed_after_the_time_limit_is_the_last(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path, max_seconds=0.05)) as rig:
+        waiting = asyncio.create_task(rig.batch(0))
+        await asyncio.sleep(0.1)
+        await rig.play(await rig.lease(4))
+        header, _ = await waiting
+        assert header.last
+        assert await reason_of(rig.batch(1)) == "STEP_OUT_OF_ORDER"
+        assert await rig.lease(4) == []
+        assert rig.intake.balance().holds
+
+
 async def test_a_step_is_journaled(tmp_path: Path) -> None:
     async with running(make_config(tmp_path)) as rig:
         await rig.play(await rig.lease())

@@ -160,8 +160,11 @@ def timed(histogram: Histogram) -> Iterator[None]:
         histogram.observe(time.perf_counter() - start)
 
 
-def start_exporter(listen: str, role: str) -> int:
+def start_exporter(listen: str, role: str, field: str = "metrics_listen") -> int:
     """Serve /metrics on host:port and return the port.
+
+    Args:
+        field: key in the config that `listen` comes from, for the error.
 
     Raises:
         ConfigError: when the port is in use or the address is no host:port.
@@ -174,7 +177,7 @@ def start_exporter(listen: str, role: str) -> int:
         server, _ = start_http_server(int(port), addr=host or "127.0.0.1")
     except OSError as error:
         raise ConfigError(
-            f"{role}.metrics_listen = {listen!r}: {error.strerror}; choose a free port"
+            f"{role}: {field} = {listen!r}: {error.strerror}; choose a free port"
         ) from None
     _log.info("metrics on http://%s:%d/metrics", host, server.server_port)
     return int(server.server_port)

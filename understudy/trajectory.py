@@ -193,15 +193,16 @@ def decode_payload(
     return _decode(message)
 
 
+_DECOMPRESSOR = zstandard.ZstdDecompressor(max_window_size=2**27)
+
+
 def _decompress(payload: bytes, limit: int) -> bytes:
     # A frame's own size claim is checked before any output is made: decompress() trusts it.
     try:
         size = zstandard.get_frame_parameters(payload).content_size
         if size > limit:  # an absent size reads as 2**64 - 1
             raise TrajectoryError("TOO_LARGE", f"content size {size} is absent or above {limit}")
-        return zstandard.ZstdDecompressor(max_window_size=2**27).decompress(
-            payload, allow_extra_data=False
-        )
+        return _DECOMPRESSOR.decompress(payload, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise TrajectoryError("BAD_PAYLOAD", f"zstd: {error}") from None
 

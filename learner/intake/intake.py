@@ -13,6 +13,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,7 @@ class Intake:
         self._samples: dict[int, list[Trajectory]] = {}
         self._dropped: Mapping[str, int] = {}
         self._num_askers = 0
+        self._first_asked = math.inf
         self._waited_seconds = 0.0
         self._gauges = {name: metrics.TASK_KEYS.labels(name) for name in self.balance().figures()}
 
@@ -171,6 +173,7 @@ class Intake:
 
     async def _wait_for_batch(self, step: int, world_size: int) -> None:
         self._check_step(step)
+        self._first_asked = min(self._first_asked, time.monotonic())
         self._num_askers += 1
         try:
             while step not in self._batches:
@@ -183,6 +186,10 @@ class Intake:
         finally:
             self._num_askers -= 1
 
+    def _time_is_up(self) -> bool:
+        limit = self.config.learner.train.max_seconds
+        return limit is not None and time.monotonic() - self._first_asked > limit
+
     def _check_step(self, step: int) -> None:
         next_step = self.ledger.num_closed
         if step not in self._batches and (step != next_step or self.ledger.exhausted):
@@ -194,6 +201,8 @@ class Intake:
             raise RefusedError("STEP_OUT_OF_ORDER", f"step {step} cannot be asked for; {remedy}")
 
     def _close_batch(self, step: int, groups: Sequence[Group], world_size: int) -> None:
+        if self._time_is_up():
+            self.ledger.end_with(step)
         tasks = self.config.learner.tasks
         seed = self.config.run.seed if tasks.shuffle_rewards else None
         batch = assemble(step, groups, self.ledger.admission, seed)

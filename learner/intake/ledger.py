@@ -11,6 +11,7 @@ Plain synchronous state, no clock and no wire: `Intake` owns the one ledger of a
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from learner.intake.admission import Admission
 from learner.intake.leases import Lease, Leases
@@ -73,6 +74,11 @@ class Ledger:
     def exhausted(self) -> bool:
         """The run's last batch is closed: nothing will be leased any more."""
         return self.num_closed >= self.steps
+
+    def end_with(self, step: int) -> None:
+        """Make this step's batch the run's last; episodes meant for later ones stay untrained."""
+        self.steps = step + 1
+        self.admission = replace(self.admission, steps=self.steps)
 
     @property
     def _may_issue(self) -> bool:

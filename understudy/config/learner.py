@@ -80,6 +80,8 @@ class TrainConfig(Section):
 
     steps: PositiveInt = 100
     """Optimizer steps."""
+    max_seconds: Positive | None = None
+    """Time after which the next batch is the run's last, from the first batch that is asked for."""
     learning_rate: Positive = 5e-4
     """Learning rate after warm-up."""
     warmup_steps: NonNegativeInt = 5
