@@ -48,6 +48,19 @@ async def test_a_batch_waits_for_its_groups_and_repeats(tmp_path: Path) -> None:
             assert item.reward_index == item.record.task_key.sample_index
 
 
+async def test_batches_take_groups_in_order_of_issue_not_of_completion(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path)) as rig:
+        leases = await rig.lease(8)
+        waiting = asyncio.create_task(rig.batch(0))
+        await rig.play(leases[2:])  # all but the first group: enough for a batch, were it allowed
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await rig.play(leases[:2])
+        header, _ = await waiting
+        assert [group.ordinal for group in header.groups] == [0, 1]
+        assert rig.intake.balance().dropped == {}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 async def test_shares_are_disjoint_complete_and_balanced(tmp_path: Path, world_size: int) -> None:
     config = make_config(tmp_path, group_size=8, groups_per_batch=4, max_staleness=0)

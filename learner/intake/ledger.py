@@ -9,6 +9,7 @@
 Plain synchronous state, no clock and no wire: `Intake` owns the one ledger of a run.
 """
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -181,10 +182,15 @@ class Ledger:
         return ordinal in self._open and self._open[ordinal].complete
 
     def ready_groups(self) -> list[Group]:
-        """The groups of the next batch, oldest first; empty while there are too few."""
-        groups = [group for group in self._open.values() if group.complete]
+        """The groups of the next batch; empty until they are complete.
+
+        A batch is the oldest groups in order of issue, never those that happened to end first:
+        that would train on short episodes and drop the long ones as stale, which are more often the
+        thorough ones. Later groups are played meanwhile, within the limits of admission.
+        """
         number = self.tasks.groups_per_batch
-        return groups[:number] if len(groups) >= number else []
+        groups = list(itertools.islice(self._open.values(), number))
+        return groups if len(groups) == number and all(g.complete for g in groups) else []
 
     def assign(self, groups: Sequence[Group], uniform: Iterable[int]) -> None:
         """Close the next batch with these groups; the uniform ones (ordinals) are dropped."""
