@@ -5,9 +5,10 @@
 One vLLM engine, one model, the same requests on two ways: called in the server's process, and by a
 client in a process of its own over loopback, through the whole servicer (checks, admission,
 metrics). Rounds alternate, so that both ways meet the same machine; the first round of each is not
-counted, and of the others each way's median counts. Every reply has the same number of tokens. On
-two cores the client competes with the server for the core that the engine leaves, as an actor on
-the same machine would.
+counted, and of the others each way's median counts. Reply lengths differ from request to request,
+as they do in practice, and are the same on both ways; prompts are always new, so that nothing is
+cached. On two cores the client competes with the server for the core that the engine leaves, as an
+actor on the same machine would.
 
 Prints one JSON line a case: {"bench": "inference", "concurrency": 16, "tokens_per_s": ...,
 "in_process_tokens_per_s": ..., "ratio": ...}; the target is a ratio of at least 0.95.
@@ -38,11 +39,11 @@ from understudy.trajectory import IntArray
 from understudy.v1 import common_pb2, inference_pb2_grpc
 
 CONCURRENCIES = (16, 64)
-REQUESTS_PER_SLOT = 4
+REQUESTS_PER_SLOT = 6
 PROMPT_TOKENS = 96
-REPLY_TOKENS = 48
+MIN_REPLY_TOKENS, MAX_REPLY_TOKENS = 16, 80
 VOCAB_SIZE = 2048
-Generate = Callable[[int, IntArray], Awaitable[int]]
+Generate = Callable[[IntArray, int], Awaitable[int]]
 
 
 def main() -> None:
@@ -78,12 +79,12 @@ async def run_server(num_rounds: int) -> None:
     assert client.stdin
     assert client.stdout
 
-    async def generate(index: int, prompt: IntArray) -> int:
+    async def generate(prompt: IntArray, max_new_tokens: int) -> int:
         request = GenerationRequest(
-            request_id=f"in-process-{time.monotonic_ns()}-{index}",
+            request_id=f"in-process-{time.monotonic_ns()}",
             prompt_token_ids=prompt,
             temperature=1.0,
-            max_new_tokens=REPLY_TOKENS,
+            max_new_tokens=max_new_tokens,
         )
         return len((await engine.generate(request)).token_ids)
 
@@ -102,10 +103,10 @@ async def run_server(num_rounds: int) -> None:
 
 async def run_client(address: str) -> None:
     """Drive rounds that are asked for on stdin; answer each with its tokens/s."""
-    sampling = common_pb2.SamplingParameters(temperature=1.0, max_new_tokens=REPLY_TOKENS)
     async with InferenceClient.connect(address) as client:
 
-        async def generate(index: int, prompt: IntArray) -> int:
+        async def generate(prompt: IntArray, max_new_tokens: int) -> int:
+            sampling = common_pb2.SamplingParameters(temperature=1.0, max_new_tokens=max_new_tokens)
             return len((await client.generate(prompt, sampling)).token_ids)
 
         while line := await asyncio.to_thread(sys.stdin.readline):
@@ -115,11 +116,13 @@ async def run_client(address: str) -> None:
 
 async def measure_round(generate: Generate, concurrency: int, seed: int) -> float:
     """Tokens/s of `concurrency` slots that each ask for several replies, one after another."""
-    shape = (concurrency, REQUESTS_PER_SLOT, PROMPT_TOKENS)
-    prompts = np.random.default_rng(seed).integers(0, VOCAB_SIZE, shape, np.int32)
+    shape = (concurrency, REQUESTS_PER_SLOT)
+    prompts = np.random.default_rng(seed).integers(0, VOCAB_SIZE, (*shape, PROMPT_TOKENS), np.int32)
+    lengths = np.random.default_rng(0).integers(MIN_REPLY_TOKENS, MAX_REPLY_TOKENS + 1, shape)
 
     async def slot(index: int) -> int:
-        return sum([await generate(index, prompt) for prompt in prompts[index]])
+        calls = zip(prompts[index], lengths[index].tolist(), strict=True)
+        return sum([await generate(prompt, length) for prompt, length in calls])
 
     start = time.perf_counter()
     tokens = sum(await asyncio.gather(*(slot(index) for index in range(concurrency))))
