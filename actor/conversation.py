@@ -86,11 +86,12 @@ class Conversation:
 
     def reply(self, generation: Generation) -> str:
         """Add what the policy sampled and return its text without the stop token."""
-        text = self._chat.decode(generation.token_ids)
-        self._drafts[-1].sample(text, generation)
-        content = text
-        if not generation.cut_off and len(generation.token_ids):
-            content = self._chat.decode(generation.token_ids[:-1])
+        ids, end = generation.token_ids, ""
+        if not generation.cut_off and len(ids):
+            end = self._chat.stop_texts[int(ids[-1])]
+            ids = ids[:-1]
+        content = self._chat.decode(ids)
+        self._drafts[-1].sample(content + end, generation)
         self._messages.append({"role": "assistant", "content": content})
         return content
 

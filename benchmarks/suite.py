@@ -47,6 +47,7 @@ class SlowToolSuite(Suite):
     """As many tasks as anybody wants."""
 
     name = "slow-tool"
+    blocking = False
 
     def describe(self) -> SuiteDescription:
         return SuiteDescription(

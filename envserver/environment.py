@@ -158,6 +158,10 @@ class Suite(ABC):
     """A named set of tasks with an environment and a grader. One instance serves all episodes."""
 
     name: str
+    blocking: bool = True
+    """False where opening a task and every call of its Environment returns within about a
+    millisecond and never waits: then they run on the event loop, which saves a change of threads
+    each."""
 
     @abstractmethod
     def describe(self) -> SuiteDescription:

@@ -52,8 +52,10 @@ class Episode:
     """
 
     def __init__(
-        self, environment: Environment | AsyncEnvironment, workers: Workers, timeout: float
+        self, environment: Environment | AsyncEnvironment, workers: Workers | None, timeout: float
     ) -> None:
+        """Take an opened environment, threads for its calls (None: the event loop), and the time
+        in seconds that each may take."""
         self._environment = environment
         self._workers = workers
         self._timeout = timeout
@@ -104,7 +106,7 @@ class Episode:
                 return await self._call(function, *arguments)
         except TimeoutError:
             self._hung = isinstance(self._environment, Environment)
-            if self._hung:
+            if self._hung and self._workers:
                 self._workers.abandon()
             raise ServiceError(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -122,6 +124,8 @@ class Episode:
     async def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
         if isinstance(self._environment, AsyncEnvironment):
             return await function(*arguments)
+        if self._workers is None:
+            return function(*arguments)
         return await self._workers.run(function, *arguments)
 
 

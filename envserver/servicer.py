@@ -88,11 +88,11 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
         task = first.reset.task
         suite = self._suite(task.suite)
         seconds = self._step_seconds[suite.name]
-        episode = Episode(
-            await self.workers.run(_open, suite, task),
-            self.workers,
-            self.config.step_timeout_seconds,
-        )
+        if suite.blocking:
+            environment = await self.workers.run(_open, suite, task)
+            episode = Episode(environment, self.workers, self.config.step_timeout_seconds)
+        else:
+            episode = Episode(_open(suite, task), None, self.config.step_timeout_seconds)
         try:
             start = time.perf_counter()
             reset = await episode.reset()

@@ -38,6 +38,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.stop_token_ids = tuple(stop_token_ids)
         self.style = style
+        self.stop_texts = {index: self.decode(np.array([index])) for index in self.stop_token_ids}
         self._template = environment.from_string(template)
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = tuple(token.content for token in added)

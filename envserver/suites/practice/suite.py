@@ -22,6 +22,7 @@ class PracticeSuite(Suite):
     """Look-up, search, spreadsheet and arithmetic tasks over worlds that are new in each task."""
 
     name = "practice"
+    blocking = False
 
     def describe(self) -> SuiteDescription:
         """The suite's splits, levels and digest."""
