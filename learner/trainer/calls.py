@@ -1,0 +1,63 @@
+"""How the trainer calls the learner's services: synchronously, and patient with a restart."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import grpc
+
+from understudy.config import NetworkConfig
+from understudy.errors import PeerUnreachableError, UnderstudyError
+from understudy.rpc import error_reason, open_sync_channel
+
+T = TypeVar("T")
+RETRY_SECONDS = 0.5
+_log = logging.getLogger(__name__)
+
+
+def connect(network: NetworkConfig) -> grpc.Channel:
+    """Open the channel to the intake and wait until it answers.
+
+    Raises:
+        PeerUnreachableError: after network.connect_timeout_seconds.
+    """
+    channel = open_sync_channel(network.learner, network)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=network.connect_timeout_seconds)
+    except grpc.FutureTimeoutError:
+        channel.close()
+        raise _unreachable(network) from None
+    return channel
+
+
+def patiently(call: Callable[[], T], network: NetworkConfig) -> T:
+    """Call, and call again while the peer is UNAVAILABLE.
+
+    Raises:
+        PeerUnreachableError: when that lasts longer than network.connect_timeout_seconds.
+        UnderstudyError: for any other status, in one line.
+    """
+    give_up = time.monotonic() + network.connect_timeout_seconds
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise refused(error) from None
+            if time.monotonic() > give_up:
+                raise _unreachable(network) from None
+            _log.warning("the intake is unavailable, trying again: %s", error.details())
+            time.sleep(RETRY_SECONDS)
+
+
+def refused(error: grpc.RpcError) -> UnderstudyError:
+    """A status as an error that people see."""
+    return UnderstudyError(f"{error.code().name} ({error_reason(error)}): {error.details()}")
+
+
+def _unreachable(network: NetworkConfig) -> PeerUnreachableError:
+    return PeerUnreachableError(
+        f"the intake at {network.learner} did not answer within "
+        f"{network.connect_timeout_seconds:.0f} s; start it or correct network.learner"
+    )
