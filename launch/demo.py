@@ -51,7 +51,7 @@ DEMONSTRATIONS = {
     "level1": Demonstrations(num=3000, mix="1:0:0"),
     "easy": Demonstrations(num=3000, mix="2:2:1"),
     "hard": Demonstrations(num=5000, mix="1:1:2"),
-    "careless": Demonstrations(num=2500, mix="1:1:1", carelessness=0.3),
+    "careless": Demonstrations(num=2500, mix="1:1:1", carelessness=0.34),
 }
 """By the names of [learner.supervised.phases]' files."""
 

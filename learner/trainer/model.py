@@ -5,7 +5,7 @@ Shapes: B rows, T tokens a row, N positions whose next token counts, D width, V 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ def load_policy(
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     # Whole layers stay between forward and backward on CPUs, where gathering them is what is slow.
     reshard = ranks.device.type == "cuda"
-    for module in [*language_model.base_model.layers, policy]:
+    layers = cast("nn.ModuleList", language_model.base_model.layers)
+    for module in (*layers, policy):
         fully_shard(module, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshard)
     return policy
 

@@ -49,7 +49,7 @@ def joined() -> Iterator[Ranks]:
         _use_loopback_if_alone()
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
         yield Ranks(rank=rank, world_size=world_size, device=device, mesh=mesh)

@@ -60,7 +60,9 @@ def small_config(vocab_size: int) -> "Qwen3Config":
         # leave most of them all but constant.
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
-        initializer_range=0.02,
+        # At 0.02, Hugging Face's default, copying names and numbers is learned late: 520 supervised
+        # steps end at 84 % greedy, with 0.05 at 99 %.
+        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=PAD,
