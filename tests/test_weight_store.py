@@ -237,6 +237,15 @@ async def test_a_newer_trainer_fences_the_older(tmp_path: Path) -> None:
         assert await reason_of(rig.publish_part(*halves(epoch=1)[0])) == "OLD_EPOCH"
 
 
+async def test_a_trainer_that_starts_anew_cannot_turn_the_policy_back(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path), version=False) as rig:
+        later = [rig.publish_part(*part) for part in halves(step=1)]
+        assert await reasons_of(*later) == ["1", "1"]
+        again = [rig.publish_part(*part) for part in halves(step=1, epoch=2)]
+        assert await reasons_of(*again) == ["2", "2"]
+        assert await reason_of(rig.publish_part(*halves(epoch=3)[0])) == "STEP_OUT_OF_ORDER"
+
+
 async def test_a_part_that_never_comes_discards_the_publication(tmp_path: Path) -> None:
     async with running(make_config(tmp_path), version=False) as rig:
         upper, lower = halves()

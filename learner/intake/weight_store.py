@@ -73,7 +73,7 @@ class WeightStore:
         its deadline passed, the publication is discarded whole.
 
         Raises:
-            RefusedError: OLD_EPOCH, WRONG_BASE, PART_CONFLICT, BAD_MANIFEST.
+            RefusedError: OLD_EPOCH, STEP_OUT_OF_ORDER, WRONG_BASE, PART_CONFLICT, BAD_MANIFEST.
         """
         publication = await self._join(part)
         try:
@@ -123,6 +123,13 @@ class WeightStore:
             if part.epoch < self._epoch:
                 raise RefusedError(
                     "OLD_EPOCH", f"epoch {part.epoch}; a trainer of {self._epoch} was here"
+                )
+            if self._newest and part.step < self._newest.step:
+                raise RefusedError(
+                    "STEP_OUT_OF_ORDER",
+                    f"step {part.step}: version {self.newest_version} has {self._newest.step} "
+                    "steps behind it, and a trainer that starts anew cannot take up a run in its "
+                    "middle; start a new run under another run.name",
                 )
             if part.epoch > self._epoch and self._publication:
                 self._give_up(self._publication, f"epoch {part.epoch} took over")

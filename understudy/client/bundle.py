@@ -9,6 +9,10 @@ from understudy.errors import UnderstudyError
 from understudy.v1 import weight_pb2, weight_pb2_grpc
 
 
+MAX_BUNDLE_BYTES = 256 * 2**20
+"""Far above any tokenizer and configuration; weights travel by FetchWeights."""
+
+
 class BundleError(UnderstudyError):
     """A bundle that breaks its own header: bad name, size or digest."""
 
@@ -27,10 +31,22 @@ async def fetch_model_bundle(channel: grpc.aio.Channel, folder: Path, timeout: f
     async for response in stream:
         if response.HasField("header"):
             header = response.header
+            _check(header)
         else:
             content += response.chunk
+            if len(content) > MAX_BUNDLE_BYTES:
+                raise BundleError(f"model bundle: more than {MAX_BUNDLE_BYTES} bytes came")
     _write(header, memoryview(bytes(content)), folder)
     return header.bundle_digest
+
+
+def _check(header: weight_pb2.ModelBundleHeader) -> None:
+    names = [file.name for file in header.files]
+    if len(set(names)) != len(names):
+        raise BundleError("model bundle: a file name occurs twice")
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise BundleError(f"model bundle: {name!r} is no plain file name")
 
 
 def _write(header: weight_pb2.ModelBundleHeader, content: memoryview, folder: Path) -> None:
@@ -38,8 +54,6 @@ def _write(header: weight_pb2.ModelBundleHeader, content: memoryview, folder: Pa
     for file in header.files:
         piece = content[offset : offset + file.num_bytes]
         offset += file.num_bytes
-        if file.name in ("", ".", "..") or Path(file.name).name != file.name:
-            raise BundleError(f"model bundle: {file.name!r} is no plain file name")
         if len(piece) != file.num_bytes or hashlib.sha256(piece).digest() != file.digest:
             raise BundleError(f"model bundle: {file.name!r} is not what its digest says")
         (folder / file.name).write_bytes(piece)
