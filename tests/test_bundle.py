@@ -53,10 +53,15 @@ async def fetch(bundles: Bundles, folder: Path) -> str:
             await channel.close()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 async def test_a_bundle_arrives_file_by_file(tmp_path: Path) -> None:
     files = [("config.json", b"{}"), ("empty", b""), ("tokenizer.json", b"x" * 100)]
     assert await fetch(Bundles(files), tmp_path) == "d"
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict(files)
+    assert contents(tmp_path) == dict(files)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import grpc
 from understudy.errors import UnderstudyError
 from understudy.v1 import weight_pb2, weight_pb2_grpc
 
-
 MAX_BUNDLE_BYTES = 256 * 2**20
 """Far above any tokenizer and configuration; weights travel by FetchWeights."""
 
