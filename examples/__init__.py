@@ -1,0 +1,1 @@
+"""Examples: an environment, a tour of all services, a client without generated code."""
