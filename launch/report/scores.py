@@ -78,11 +78,21 @@ def format_table(result: Result) -> str:
             lines.append(
                 f"  {row.level:<22}{row.num:>6}  {before!s:<20}{after!s:<20}{row.change:>6}"
             )
+    lines += _token_budget(result)
     if result.get("control"):
         lines.append("control: rewards were shuffled among episodes, so no gain is expected")
     if result.get("interrupted"):
         lines.append("interrupted: what is missing was not measured")
     return "\n".join(lines)
+
+
+def _token_budget(result: Result) -> list[str]:
+    budget = result.get("token_budget") or {}
+    return [
+        f"{policy}: {means['tokens_mean']:.0f} tokens an episode, of which "
+        f"{means['sampled_tokens_mean']:.0f} sampled, in {means['turns_mean']:.1f} turns"
+        for policy, means in budget.items()
+    ]
 
 
 def name_of(level: str) -> str:
