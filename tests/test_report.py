@@ -47,7 +47,9 @@ RESULT = {
     "versions_published": 21,
     "staleness": {"mean": 0.7, "max": 1},
     "logprob_mismatch": None,
-    "token_budget": {"base": {"tokens_mean": 211.0}},
+    "token_budget": {
+        "base": {"tokens_mean": 211.0, "sampled_tokens_mean": 40.0, "turns_mean": 3.0}
+    },
     "machine": {"cpu": f"cpu {ATTACK}"},
 }
 
@@ -275,6 +277,7 @@ def test_table_for_the_terminal():
     table = format_table(RESULT)
     assert "31.0 [27.0, 35.0]" in table
     assert "+53.0" in table
+    assert "base: 211 tokens an episode, of which 40 sampled, in 3.0 turns" in table
     assert all(len(line) <= 80 for line in table.splitlines())
 
 
