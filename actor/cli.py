@@ -28,6 +28,10 @@ def run_eval(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write; default: standard output")
     arguments = parser.parse_args(argv)
     config = load_from(arguments)
+    if arguments.num_tasks < 1:
+        parser.error(f"--num-tasks {arguments.num_tasks}: at least 1")
+    if arguments.out and not arguments.out.parent.is_dir():
+        parser.error(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
 
     import json
 

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from understudy.client import EnvironmentClient, Opening, Session
+from understudy.client import EnvironmentClient, Opening, Session, wait_any_ready
 from understudy.config import NetworkConfig
+from understudy.errors import ConfigError
 from understudy.rpc import error_reason, retry_after_seconds
+from understudy.v1 import environment_pb2
 
 
 class EnvironmentFailedError(Exception):
@@ -25,8 +27,38 @@ class EnvironmentPool:
         self._patience = network.connect_timeout_seconds
 
     async def wait_ready(self) -> None:
-        """Wait for the first server. Raises PeerUnreachableError if it does not come."""
-        await self._servers[0].wait_ready()
+        """Wait until a server answers. Raises PeerUnreachableError if none does."""
+        await wait_any_ready(self._servers)
+
+    async def check_tasks(self, suite: str, split: str, num_tasks: int) -> None:
+        """Refuse tasks that the servers lack before any is played.
+
+        Args:
+            num_tasks: one above the highest task ordinal.
+
+        Raises:
+            ConfigError: naming the suite, split or number, and what there is.
+        """
+        try:
+            description = await self._describe(suite)
+        except grpc.aio.AioRpcError as error:
+            raise ConfigError(describe_failure(error)) from None
+        sizes = {entry.name: entry.num_tasks for entry in description.splits}
+        if num_tasks > sizes.get(split, 0):
+            known = ", ".join(f"{name!r} with {size} tasks" for name, size in sizes.items())
+            raise ConfigError(
+                f"suite {suite!r} lacks the {num_tasks} tasks of split {split!r} that are asked "
+                f"for; it has {known}"
+            )
+
+    async def _describe(self, suite: str) -> environment_pb2.DescribeSuiteResponse:
+        for server in self._servers[:-1]:
+            try:
+                return await server.describe(suite)
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    raise
+        return await self._servers[-1].describe(suite)
 
     @contextlib.asynccontextmanager
     async def episode(

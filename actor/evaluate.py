@@ -47,13 +47,19 @@ def wilson_interval(successes: float, number: int, z: float = 1.96) -> tuple[flo
 
 
 async def evaluate(config: Config, plan: EvaluationPlan) -> dict[str, Any]:
-    """Play the plan against the run's inference and environments; see `summarise`."""
+    """Play the plan against the run's inference and environments; see `summarise`.
+
+    Raises:
+        ConfigError: the environment servers lack the suite, the split or some of the tasks.
+        PeerUnreachableError: no learner, no inference or no environment server.
+    """
     learner = TaskClient(config.network.learner, config.network)
     inference = InferencePool(config.network, config.actor.generate_timeout_seconds)
     environments = EnvironmentPool(config.network, config.actor.step_timeout_seconds)
     try:
         for peer in (learner, inference, environments):
             await peer.wait_ready()
+        await environments.check_tasks(plan.suite, plan.split, plan.num_tasks)
         player = Player(await fetch_chat(config, learner), inference, environments)
         start = time.monotonic()
         trajectories = await _play_all(player, config, plan)

@@ -8,7 +8,7 @@ import time
 import grpc
 
 from understudy import metrics
-from understudy.client import Generation, InferenceClient
+from understudy.client import Generation, InferenceClient, wait_any_ready
 from understudy.config import NetworkConfig
 from understudy.rpc import error_reason, retry_after_seconds
 from understudy.trajectory import IntArray
@@ -36,8 +36,8 @@ class InferencePool:
         self._timeout = timeout_seconds
 
     async def wait_ready(self) -> None:
-        """Wait for the first replica. Raises PeerUnreachableError if it does not come."""
-        await next(iter(self._replicas.values())).wait_ready()
+        """Wait until a replica answers. Raises PeerUnreachableError if none does."""
+        await wait_any_ready(list(self._replicas.values()))
 
     async def generate(
         self,

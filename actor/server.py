@@ -6,51 +6,116 @@ import socket
 import tempfile
 from pathlib import Path
 
+import grpc
+
 from actor.environment_pool import EnvironmentPool
 from actor.episode import Player
 from actor.inference_pool import InferencePool
-from actor.uplink import Uplink
 from actor.worker import Worker
 from understudy import metrics
 from understudy.chat import ChatFormat
 from understudy.client import TaskClient, fetch_model_bundle
+from understudy.client.trajectories import Uplink
 from understudy.config import Config
-from understudy.rpc import RoleControl, RoleServer
+from understudy.errors import ConfigError, PeerUnreachableError
+from understudy.rpc import RoleControl, RoleServer, error_reason
 
 
 async def fetch_chat(config: Config, learner: TaskClient) -> ChatFormat:
-    """The run's chat template and tokenizer, from the learner."""
+    """The run's chat template and tokenizer, from the learner.
+
+    Raises:
+        PeerUnreachableError: the learner went away meanwhile.
+        ConfigError: its model folder has no usable tokenizer or template.
+    """
     with tempfile.TemporaryDirectory(prefix="understudy-bundle-") as folder:
-        await fetch_model_bundle(learner.channel, Path(folder))
-        return ChatFormat.load(Path(folder), config.model.tools)
+        try:
+            await fetch_model_bundle(learner.channel, Path(folder))
+        except grpc.aio.AioRpcError as error:
+            raise PeerUnreachableError(
+                f"the learner at {learner.address} did not send its model: "
+                f"{error_reason(error)}: {error.details()}; start again"
+            ) from None
+        try:
+            return ChatFormat.load(Path(folder), config.model.tools)
+        except ConfigError as error:
+            raise ConfigError(f"what the learner at {learner.address} sent: {error}") from None
 
 
 async def act(config: Config) -> int:
-    """Play episodes for config's run. Returns the exit code."""
+    """Play episodes for config's run. Returns the exit code.
+
+    Raises:
+        ConfigError: an address that is not usable, or tasks that the environment servers lack.
+        PeerUnreachableError: no learner, no inference or no environment server.
+        LearnerRefusedError, PushRefusedError: the learner serves another run, or another actor
+            goes by this one's name.
+    """
     control = RoleControl("actor")
     server = RoleServer("actor", config.actor.listen, config.network, [], control)
-    await server.bind()
-    metrics.start_exporter(config.actor.metrics_listen, "actor")
     learner = TaskClient(config.network.learner, config.network)
     inference = InferencePool(config.network, config.actor.generate_timeout_seconds)
     environments = EnvironmentPool(config.network, config.actor.step_timeout_seconds)
-    for peer in (learner, inference, environments):
-        await peer.wait_ready()
+    try:
+        await server.bind()
+        metrics.start_exporter(config.actor.metrics_listen, "actor")
+        chat = await _connect(config, control, learner, inference, environments)
+        if chat:
+            await _play(config, control, server, learner, Player(chat, inference, environments))
+    finally:
+        await server.stop()
+        for peer in (learner, inference, environments):
+            await peer.close()
+    return 0
+
+
+async def _connect(
+    config: Config,
+    control: RoleControl,
+    learner: TaskClient,
+    inference: InferencePool,
+    environments: EnvironmentPool,
+) -> ChatFormat | None:
+    """Wait for all peers and get the chat format; None if the process is to end meanwhile."""
+
+    async def connect() -> ChatFormat:
+        for peer in (learner, inference, environments):
+            await peer.wait_ready()
+        tasks = config.learner.tasks
+        await environments.check_tasks(
+            tasks.suite, tasks.split, tasks.first_ordinal + tasks.num_tasks
+        )
+        return await fetch_chat(config, learner)
+
+    connecting = asyncio.create_task(connect())
+    draining = asyncio.create_task(control.draining.wait())
+    try:
+        await asyncio.wait((connecting, draining), return_when=asyncio.FIRST_COMPLETED)
+        return connecting.result() if connecting.done() else None
+    finally:
+        connecting.cancel()
+        draining.cancel()
+        await asyncio.gather(connecting, draining, return_exceptions=True)
+
+
+async def _play(
+    config: Config, control: RoleControl, server: RoleServer, learner: TaskClient, player: Player
+) -> None:
     actor_id = f"{socket.gethostname()[:40]}-{os.getpid()}"
     uplink = Uplink(learner.channel, config.run.name, actor_id, config.actor.max_unacked_bytes)
-    player = Player(await fetch_chat(config, learner), inference, environments)
-    worker = Worker(actor_id, config.actor.concurrency, learner, player, uplink, control)
+    worker = Worker(
+        config.run.name, actor_id, config.actor.concurrency, learner, player, uplink, control
+    )
     control.figures = lambda: {
         "running_episodes": worker.num_running,
         "unacked_records": uplink.num_unacked,
     }
     sender = asyncio.create_task(uplink.run())
+    sender.add_done_callback(lambda _: control.drain())  # refused for good: no use in playing on
     await server.set_serving()
     try:
         await worker.run()
+        if sender.done():
+            sender.result()  # raises what ended it
     finally:
         sender.cancel()
-        await server.stop()
-        for peer in (learner, inference, environments):
-            await peer.close()
-    return 0

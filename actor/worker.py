@@ -10,9 +10,10 @@ import time
 import grpc
 
 from actor.episode import Player
-from actor.uplink import Uplink
 from understudy import metrics
 from understudy.client import Lease, Leases, TaskClient
+from understudy.client.trajectories import Uplink
+from understudy.errors import UnderstudyError
 from understudy.rpc import RoleControl, error_reason
 from understudy.v1 import trajectory_pb2
 
@@ -21,6 +22,16 @@ _GATHER_SECONDS = 0.005
 """Episodes that end within this time are replaced by one call."""
 _RETRY_SECONDS = 1.0
 _SAY_SECONDS = 10.0
+_PERMANENT = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+"""Answers to a lease that stay the same however often it is asked."""
+
+
+class LearnerRefusedError(UnderstudyError):
+    """The learner will never lease to this actor."""
 
 
 class Worker:
@@ -28,6 +39,7 @@ class Worker:
 
     def __init__(
         self,
+        run_id: str,
         actor_id: str,
         concurrency: int,
         tasks: TaskClient,
@@ -35,6 +47,7 @@ class Worker:
         uplink: Uplink,
         control: RoleControl,
     ) -> None:
+        self._run_id = run_id
         self._actor_id = actor_id
         self._concurrency = concurrency
         self._tasks = tasks
@@ -57,8 +70,11 @@ class Worker:
         Args:
             grace: seconds that running episodes get once the process drains; the leases of those
                 that are not done by then expire and go to somebody else.
+
+        Raises:
+            LearnerRefusedError: the learner serves another run, or another protocol.
         """
-        renewer = asyncio.create_task(self._renew())
+        helpers = [asyncio.create_task(self._renew()), asyncio.create_task(self._wake_on_drain())]
         try:
             while await self._control.admitted():
                 if not await self._refill():
@@ -69,7 +85,8 @@ class Worker:
         except TimeoutError:
             _log.error("%d records were not acked; their leases expire", self._uplink.num_unacked)
         finally:
-            renewer.cancel()
+            for helper in helpers:
+                helper.cancel()
 
     async def _refill(self) -> bool:
         """Lease as many episodes as there are free slots; False if there will never be more."""
@@ -77,6 +94,11 @@ class Worker:
         try:
             answer = await self._lease(free)
         except grpc.aio.AioRpcError as error:
+            if error.code() in _PERMANENT:
+                raise LearnerRefusedError(
+                    f"the learner at {self._tasks.address} leases nothing to run.name = "
+                    f"{self._run_id!r}: {error_reason(error)}: {error.details()}"
+                ) from None
             self._say_waiting(error)
             await asyncio.sleep(_RETRY_SECONDS)
             return True
@@ -87,7 +109,7 @@ class Worker:
         return not answer.exhausted or bool(answer.leases)
 
     async def _lease(self, free: int) -> Leases:
-        call = asyncio.create_task(self._tasks.lease(self._actor_id, free))
+        call = asyncio.create_task(self._tasks.lease(self._actor_id, free, self._run_id))
         draining = asyncio.create_task(self._control.draining.wait())
         try:
             await asyncio.wait((call, draining), return_when=asyncio.FIRST_COMPLETED)
@@ -108,6 +130,11 @@ class Worker:
             self._slot_free.clear()
             await self._slot_free.wait()
         await asyncio.sleep(_GATHER_SECONDS)
+
+    async def _wake_on_drain(self) -> None:
+        """A drain ends the wait for a slot: the episodes that hold them may never end."""
+        await self._control.draining.wait()
+        self._slot_free.set()
 
     async def _play(self, lease: Lease) -> None:
         try:

@@ -1,9 +1,13 @@
 """One episode on the server: order of calls, where they run, how long they may take."""
 
 import asyncio
+import functools
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import grpc
@@ -17,32 +21,102 @@ _closing: set[asyncio.Task[None]] = set()
 """Environments that are being closed; the event loop itself holds tasks only weakly."""
 
 
+@dataclass
+class _Job:
+    """A blocking call; `left` and `done` are told apart under the lock of its Workers."""
+
+    call: Callable[[], Any]
+    future: "Future[Any]" = field(default_factory=Future)
+    left: bool = False
+    done: bool = False
+
+    def run(self) -> None:
+        try:
+            self.future.set_result(self.call())
+        except Exception as error:
+            # The event loop would take a StopIteration for its own and never end the await.
+            stop = isinstance(error, StopIteration)
+            self.future.set_exception(RuntimeError(repr(error)) if stop else error)
+        except BaseException as error:  # sys.exit in a user's code ends its episode, nothing else
+            self.future.set_exception(RuntimeError(repr(error)))
+
+
 class Workers:
     """Threads that run blocking environments.
 
-    A call that hangs cannot be ended, only left: its whole pool is then left to finish what it
-    runs, and new calls get a new pool, so that hung calls never use up the threads of others.
+    A call that hangs cannot be ended, only left: its thread ends when the call does, and another
+    takes its place, so that hung calls never use up the threads of others. The threads are daemons,
+    so that hung calls do not keep the process from ending either.
     """
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
-        self._pool = self._new_pool()
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._num_threads, thread_name_prefix="environment")
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        for _ in range(num_threads):
+            self._start_thread()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run a blocking call. Raises TimeoutError through asyncio.timeout of the caller."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-    def abandon(self) -> None:
-        """A call hangs: leave its pool."""
-        self._pool.shutdown(wait=False)
-        self._pool = self._new_pool()
+        """Run a blocking call; when cancelled, by a timeout or otherwise, leave it."""
+        job = _Job(functools.partial(function, *arguments))
+        self._jobs.put(job)
+        try:
+            result: T = await asyncio.wrap_future(job.future)
+            return result
+        except asyncio.CancelledError:
+            self._leave(job)
+            raise
 
     def close(self) -> None:
         """Let idle threads end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for _ in range(self._num_threads):
+            self._jobs.put(None)
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._work, name="environment", daemon=True).start()
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            job.run()
+            with self._lock:
+                job.done = True
+                if job.left:
+                    return
+
+    def _leave(self, job: _Job) -> None:
+        with self._lock:
+            job.left = not job.done and not job.future.cancelled()
+        if job.left:
+            self._start_thread()
+
+
+async def guard(name: str, timeout: float, work: Coroutine[Any, Any, T]) -> T:
+    """Await what runs a user's code, and attribute what comes out of it.
+
+    Raises:
+        ServiceError: STEP_TIMEOUT, ENVIRONMENT_FAILED, or one that the work raised itself.
+    """
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            return await work
+    except ServiceError:
+        raise
+    except Exception as error:  # the environment is a user's code: anything may come out of it
+        if limit.expired():
+            raise ServiceError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "STEP_TIMEOUT",
+                f"{name} took longer than envserver.step_timeout_seconds = {timeout:g}",
+            ) from None
+        _log.exception("%s of an environment failed", name)
+        raise ServiceError(
+            grpc.StatusCode.INTERNAL,
+            "ENVIRONMENT_FAILED",
+            f"{name} raised {type(error).__name__}; the environment server's log has it",
+        ) from None
 
 
 class Episode:
@@ -69,8 +143,8 @@ class Episode:
         if self._turn >= 0 or self._last:
             raise _out_of_order("reset was called before; a session is one episode")
         self._turn = 0
-        reset: Reset = await self._guard("reset", self._environment.reset)
-        return reset
+        reset = await self._guard("reset", self._environment.reset)
+        return _expect(Reset, reset)
 
     async def step(self, turn: int, action: Action) -> Step:
         """Answer one action. Raises ServiceError if it is out of order, fails or takes too long."""
@@ -79,7 +153,7 @@ class Episode:
         if self._turn < 0 or turn != self._turn:
             expected = "a reset" if self._turn < 0 else f"turn {self._turn}"
             raise _out_of_order(f"turn {turn} came where {expected} was expected")
-        step: Step = await self._guard("step", self._environment.step, action)
+        step = _expect(Step, await self._guard("step", self._environment.step, action))
         self._turn += 1
         self._last = (action, step)
         self.ended = step.terminated or step.truncated
@@ -96,30 +170,18 @@ class Episode:
 
     async def _close(self) -> None:
         try:
-            await self._call(self._environment.close)
-        except Exception:  # the environment is a user's code: anything may come out of it
-            _log.exception("closing an environment failed")
+            await guard("close", self._timeout, self._call(self._environment.close))
+        except ServiceError as error:
+            _log.error("closing an environment failed: %s", error.message)
 
     async def _guard(self, name: str, function: Callable[..., Any], *arguments: object) -> Any:
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._call(function, *arguments)
-        except TimeoutError:
-            self._hung = isinstance(self._environment, Environment)
-            if self._hung and self._workers:
-                self._workers.abandon()
-            raise ServiceError(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                "STEP_TIMEOUT",
-                f"{name} took longer than envserver.step_timeout_seconds = {self._timeout:g}",
-            ) from None
-        except Exception as error:  # the environment is a user's code: anything may come out of it
-            _log.exception("%s of an environment failed", name)
-            raise ServiceError(
-                grpc.StatusCode.INTERNAL,
-                "ENVIRONMENT_FAILED",
-                f"{name} raised {type(error).__name__}; the environment server's log has it",
-            ) from None
+            return await guard(name, self._timeout, self._call(function, *arguments))
+        except ServiceError as error:
+            # A hung call still uses the environment: nobody may close it.
+            hung = error.reason == "STEP_TIMEOUT"
+            self._hung = hung and isinstance(self._environment, Environment)
+            raise
 
     async def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
         if isinstance(self._environment, AsyncEnvironment):
@@ -127,6 +189,16 @@ class Episode:
         if self._workers is None:
             return function(*arguments)
         return await self._workers.run(function, *arguments)
+
+
+def _expect(kind: type[T], result: object) -> T:
+    if isinstance(result, kind):
+        return result
+    raise ServiceError(
+        grpc.StatusCode.INTERNAL,
+        "ENVIRONMENT_FAILED",
+        f"{kind.__name__.lower()} returned a {type(result).__name__}, not a {kind.__name__}",
+    )
 
 
 def _out_of_order(message: str) -> ServiceError:

@@ -26,10 +26,12 @@ async def serve_environments(config: Config) -> int:
         ],
         control,
     )
-    await server.bind()
-    metrics.start_exporter(config.envserver.metrics_listen, "envserver")
-    await server.set_serving()
-    await control.draining.wait()
-    await server.stop()
-    servicer.workers.close()
+    try:
+        await server.bind()
+        metrics.start_exporter(config.envserver.metrics_listen, "envserver")
+        await server.set_serving()
+        await control.draining.wait()
+    finally:
+        await server.stop()
+        servicer.workers.close()
     return 0

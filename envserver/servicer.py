@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
 
@@ -12,12 +12,13 @@ from envserver.environment import (
     Action,
     AsyncEnvironment,
     Environment,
+    Message,
     Reset,
     Step,
     Suite,
     ToolCall,
 )
-from envserver.episode import Episode, Workers
+from envserver.episode import Episode, Workers, guard
 from understudy import metrics
 from understudy.config import EnvserverConfig
 from understudy.rpc import RoleControl, ServiceError
@@ -89,7 +90,8 @@ class EnvironmentServicer(environment_pb2_grpc.EnvironmentServiceServicer):
         suite = self._suite(task.suite)
         seconds = self._step_seconds[suite.name]
         if suite.blocking:
-            environment = await self.workers.run(_open, suite, task)
+            timeout = self.config.step_timeout_seconds
+            environment = await guard("open", timeout, self.workers.run(_open, suite, task))
             episode = Episode(environment, self.workers, self.config.step_timeout_seconds)
         else:
             episode = Episode(_open(suite, task), None, self.config.step_timeout_seconds)
@@ -178,10 +180,7 @@ def _encode_reset(reset: Reset) -> environment_pb2.ResetResponse:
     return environment_pb2.ResetResponse(
         task_id=reset.task_id,
         level=reset.level,
-        messages=[
-            common_pb2.ChatMessage(role=message.role, content=message.content)
-            for message in reset.messages
-        ],
+        messages=_encode_messages(reset.messages),
         tools=[
             common_pb2.ToolDefinition(
                 name=tool.name,
@@ -193,6 +192,16 @@ def _encode_reset(reset: Reset) -> environment_pb2.ResetResponse:
     )
 
 
+def _encode_messages(messages: Sequence[Message]) -> list[common_pb2.ChatMessage]:
+    # A lone surrogate, which JSON arguments can hold, has no place in protobuf's text.
+    return [
+        common_pb2.ChatMessage(
+            role=message.role, content=message.content.encode("utf-8", "replace").decode()
+        )
+        for message in messages
+    ]
+
+
 def _encode_step(turn: int, step: Step) -> environment_pb2.StepResponse:
     if not math.isfinite(step.reward):
         raise _failed(f"reward {step.reward} is not finite")
@@ -201,10 +210,7 @@ def _encode_step(turn: int, step: Step) -> environment_pb2.StepResponse:
         raise _failed(f"an observation of {size} characters is above {MAX_OBSERVATION_CHARACTERS}")
     return environment_pb2.StepResponse(
         turn=turn,
-        messages=[
-            common_pb2.ChatMessage(role=message.role, content=message.content)
-            for message in step.messages
-        ],
+        messages=_encode_messages(step.messages),
         reward=step.reward,
         terminated=step.terminated,
         truncated=step.truncated,

@@ -46,8 +46,8 @@ def collect_result(
 ) -> dict[str, Any]:
     """Put the run into numbers, write them to `result.json` and return them."""
     lines = Tail(run_path / "metrics.jsonl").new_lines()
-    steps = [line for line in lines if line["kind"] == "step"]
-    replicas = [line for line in lines if line["kind"] == "replica"]
+    steps = [line for line in lines if line.get("kind") == "step"]
+    replicas = [line for line in lines if line.get("kind") == "replica"]
     result = {
         "seed": config.run.seed,
         "control": config.learner.tasks.shuffle_rewards,
@@ -59,7 +59,7 @@ def collect_result(
             **progress.seconds,
             "total_after_setup": round(progress.elapsed, 2),
         },
-        "versions_published": sum(line["kind"] == "version" for line in lines),
+        "versions_published": sum(line.get("kind") == "version" for line in lines),
         "staleness": _mean_and_max(steps, "staleness_mean", "staleness_max"),
         "logprob_mismatch": _mean_and_max(replicas, "mismatch_mean", "mismatch_max"),
         "token_budget": evaluations.token_budget(),

@@ -24,7 +24,7 @@ BUILD = Info("understudy_build", "Version of the package and role of the process
 POLICY_VERSION = Gauge("understudy_policy_version", "Newest policy version this process holds")
 WIRE_BYTES = Counter(
     "understudy_wire_bytes_total",
-    "Payload bytes, before and after compression",
+    "Payload bytes of trajectories, before (raw) and after compression (compressed)",
     ["direction", "stage"],
 )
 
@@ -174,7 +174,7 @@ def start_exporter(listen: str, role: str, field: str = "metrics_listen") -> int
     host, _, port = listen.rpartition(":")
     BUILD.info({"version": __version__, "role": role})
     try:
-        server, _ = start_http_server(int(port), addr=host or "127.0.0.1")
+        server, _ = start_http_server(int(port), addr=host.strip("[]"))
     except OSError as error:
         raise ConfigError(
             f"{role}: {field} = {listen!r}: {error.strerror}; choose a free port"

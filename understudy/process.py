@@ -94,7 +94,8 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 def run(main: Coroutine[Any, Any, int]) -> int:
     """Run a role's main coroutine on the process's one uvloop and return the exit code.
 
-    An UnderstudyError ends the process with its one line and code 1.
+    An UnderstudyError ends the process with its one line and code 1, Ctrl-C before there is a
+    server to drain with code 130.
     """
     start = time.monotonic()
     try:
@@ -102,5 +103,7 @@ def run(main: Coroutine[Any, Any, int]) -> int:
     except UnderstudyError as error:
         _log.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         _log.info("ended after %.1f s", time.monotonic() - start)

@@ -3,15 +3,18 @@
 Placement and restart on clusters belong to Slurm, Kubernetes or Ray; this serves one machine.
 """
 
+import contextlib
 import ctypes
 import logging
+import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import psutil
@@ -25,6 +28,8 @@ _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.1
 _TAIL_LINES = 12
+_COOKIE = "UNDERSTUDY_SUPERVISOR"
+"""Environment variable by which descendants are known, also those whose parents have ended."""
 
 
 class ProcessEndedError(UnderstudyError):
@@ -47,13 +52,18 @@ class Supervisor:
         self._logs = logs
         self._grace = grace
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._cookie = uuid.uuid4().hex
+        self._handler: Any = signal.SIG_DFL
 
     def __enter__(self) -> Self:
-        signal.signal(signal.SIGTERM, _interrupt)
+        self._handler = signal.signal(signal.SIGTERM, _interrupt)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stop(*self._children)
+        try:
+            self.stop(*self._children)
+        finally:
+            signal.signal(signal.SIGTERM, self._handler)
 
     def start(self, name: str, command: Sequence[str], stdout: Path | None = None) -> None:
         """Start a process; its output goes to `<logs>/<name>.log`, or stdout to a file of its own.
@@ -67,6 +77,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=log,
+                env={**os.environ, _COOKIE: f"{self._cookie}-{name}"},
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
@@ -124,19 +135,40 @@ class Supervisor:
                 time.sleep(_POLL_SECONDS)
 
     def stop(self, *names: str) -> None:
-        """End children and all their descendants: SIGTERM, grace, SIGKILL."""
-        living = [self._children[name] for name in names if self._children[name].poll() is None]
-        family = [relative for child in living for relative in _family(child.pid)]
-        for child in living:
-            child.terminate()
-        _, left = psutil.wait_procs(family, timeout=self._grace)
-        for process in left:
-            _log.warning("killing %d, which did not end within %g s", process.pid, self._grace)
-            process.kill()
-        for child in living:
-            child.wait()
-        for name in names:
-            self._children.pop(name, None)
+        """End children and all their descendants: SIGTERM, grace, SIGKILL.
+
+        A second Ctrl-C or SIGTERM ends the grace.
+        """
+        children = [self._children[name] for name in names]
+        family = self._family(names)
+        try:
+            for child in children:
+                child.terminate()
+            psutil.wait_procs(family, timeout=self._grace)
+        finally:
+            for process in family | self._family(names):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        _log.warning("killing %d, which did not end in time", process.pid)
+                        process.kill()
+            for name, child in zip(names, children, strict=True):
+                child.wait()
+                self._children.pop(name, None)
+
+    def _family(self, names: Sequence[str]) -> set[psutil.Process]:
+        """Children and their descendants, whatever sessions and parents these have by now.
+
+        They are known by their parents and by the cookie: a parent may have ended, and a process
+        that sets its title overwrites the environment that others see.
+        """
+        cookies = {f"{self._cookie}-{name}" for name in names}
+        pids = {self._children[name].pid for name in names}
+        family = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid in pids or process.environ().get(_COOKIE) in cookies:
+                    family |= {process, *process.children(recursive=True)}
+        return family
 
     def _explain(self, name: str, code: int) -> str:
         log = self._logs / f"{name}.log"
@@ -155,14 +187,6 @@ def _is_serving(channel: grpc.Channel) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 _libc = ctypes.CDLL(None)
 
 
@@ -172,4 +196,10 @@ def _die_with_parent() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
+
+
+def interrupted_code(interrupt: KeyboardInterrupt) -> int:
+    """Exit code of a command that a signal ended: 143 after SIGTERM, 130 after Ctrl-C."""
+    number: int = interrupt.args[0] if interrupt.args else signal.SIGINT
+    return 128 + number

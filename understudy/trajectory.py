@@ -193,6 +193,13 @@ def decode_payload(
     return _decode(message)
 
 
+def decoded_size(record: trajectory_pb2.TrajectoryRecord) -> int:
+    """Bytes of a sound record's payload once decompressed."""
+    if record.encoding == common_pb2.ENCODING_ZSTD:
+        return zstandard.frame_content_size(record.payload)
+    return len(record.payload)
+
+
 _DECOMPRESSOR = zstandard.ZstdDecompressor(max_window_size=2**27)
 
 

@@ -1,10 +1,13 @@
 """What all clients share: a channel of their own, closed with them."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Self
 
 import grpc
 
 from understudy.config import NetworkConfig
+from understudy.errors import PeerUnreachableError
 from understudy.rpc import open_channel, wait_ready
 
 
@@ -43,3 +46,25 @@ class Client:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+
+async def wait_any_ready(clients: Sequence[Client]) -> None:
+    """Wait until one of several peers answers.
+
+    Raises:
+        PeerUnreachableError: none did within network.connect_timeout_seconds; names the last.
+    """
+    waits = [asyncio.create_task(client.wait_ready()) for client in clients]
+    try:
+        failure: PeerUnreachableError | None = None
+        for wait in asyncio.as_completed(waits):
+            try:
+                return await wait
+            except PeerUnreachableError as error:
+                failure = error
+        if failure:
+            raise failure
+    finally:
+        for task in waits:
+            task.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)

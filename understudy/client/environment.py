@@ -86,10 +86,10 @@ class Session:
             step=environment_pb2.StepRequest(
                 turn=self._turn,
                 tool_calls=[
-                    environment_pb2.ToolCall(name=name, arguments_json=json.dumps(arguments))
+                    environment_pb2.ToolCall(name=_utf8(name), arguments_json=json.dumps(arguments))
                     for name, arguments in calls
                 ],
-                text=text,
+                text=_utf8(text),
             )
         )
         self._turn += 1
@@ -121,6 +121,11 @@ class Session:
             await self._call.trailing_metadata(),
             await self._call.details(),
         )
+
+
+def _utf8(text: str) -> str:
+    # A lone surrogate, which JSON can hold, has no place in protobuf's text.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _messages(messages: Sequence[common_pb2.ChatMessage]) -> list[dict[str, Any]]:

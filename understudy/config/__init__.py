@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from understudy.config.actor import ActorConfig
 from understudy.config.base import Section, apply_overrides, explain, read_values
@@ -41,6 +42,16 @@ class Config(Section):
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     actor: ActorConfig = Field(default_factory=ActorConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
+
+    @model_validator(mode="after")
+    def _segments_fit_the_engine(self) -> Self:
+        segment, context = self.learner.tasks.max_tokens, self.inference.max_model_len
+        if segment > context:
+            raise ValueError(
+                f"learner.tasks.max_tokens = {segment} is above inference.max_model_len = "
+                f"{context}; lower the one or raise the other"
+            )
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

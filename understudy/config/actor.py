@@ -2,7 +2,7 @@
 
 from pydantic import PositiveInt
 
-from understudy.config.shared import Address, Positive, ProcessConfig
+from understudy.config.shared import Address, HostPort, Positive, ProcessConfig
 
 
 class ActorConfig(ProcessConfig):
@@ -10,7 +10,7 @@ class ActorConfig(ProcessConfig):
 
     listen: Address = "127.0.0.1:0"
     """Address of the control server."""
-    metrics_listen: Address = "127.0.0.1:9300"
+    metrics_listen: HostPort = "127.0.0.1:9300"
     concurrency: PositiveInt = 64
     """Episodes played at one time by one process."""
     generate_timeout_seconds: Positive = 600.0

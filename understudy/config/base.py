@@ -68,6 +68,8 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Conf
             lines.append(f"{place}: unknown key{_suggestion(model, detail['loc'])}")
         elif detail["type"] == "missing":
             lines.append(f"{place}: missing; it has no default")
+        elif detail["type"] == "value_error":  # of a validator of ours, which names its fields
+            lines.append(f"{place}: {detail['ctx']['error']}".removeprefix(": "))
         else:
             lines.append(f"{place} = {detail.get('input')!r}: {detail['msg']}")
     return ConfigError(f"{source}: " + "; ".join(lines))

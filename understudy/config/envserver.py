@@ -2,7 +2,7 @@
 
 from pydantic import PositiveInt
 
-from understudy.config.shared import Address, Positive, ProcessConfig
+from understudy.config.shared import Address, HostPort, Positive, ProcessConfig
 
 
 class EnvserverConfig(ProcessConfig):
@@ -10,7 +10,7 @@ class EnvserverConfig(ProcessConfig):
 
     listen: Address = "127.0.0.1:7200"
     """Address of the gRPC server."""
-    metrics_listen: Address = "127.0.0.1:9200"
+    metrics_listen: HostPort = "127.0.0.1:9200"
     suites: tuple[str, ...] = ("practice",)
     """Suites to serve: registered names, or `module:Class`."""
     max_sessions: PositiveInt = 1024
@@ -20,4 +20,4 @@ class EnvserverConfig(ProcessConfig):
     step_timeout_seconds: Positive = 300.0
     """A reset or step that takes longer fails its episode."""
     worker_threads: PositiveInt = 16
-    """Threads that run environments; one that hangs holds one of them."""
+    """Threads that run environments; one whose call hangs is left to it and replaced."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from understudy.config.base import Section
-from understudy.config.shared import Address, Positive, ProcessConfig
+from understudy.config.shared import Address, HostPort, Positive, ProcessConfig
 
 
 class ScriptedConfig(Section):
@@ -22,7 +22,7 @@ class InferenceConfig(ProcessConfig):
 
     listen: Address = "127.0.0.1:7100"
     """Address of the gRPC server."""
-    metrics_listen: Address = "127.0.0.1:9100"
+    metrics_listen: HostPort = "127.0.0.1:9100"
     engine: Literal["vllm", "scripted"] = "vllm"
     """What samples tokens."""
     max_model_len: PositiveInt = 4096

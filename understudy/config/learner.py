@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from understudy.config.base import Section
-from understudy.config.shared import Address, Positive, ProcessConfig
+from understudy.config.shared import Address, HostPort, Positive, ProcessConfig
 
 
 class TasksConfig(Section):
@@ -109,8 +109,8 @@ class LearnerConfig(ProcessConfig):
 
     listen: Address = "127.0.0.1:7000"
     """Address of the intake's gRPC server."""
-    metrics_listen: Address = "127.0.0.1:9000"
-    trainer_metrics_listen: Address = "127.0.0.1:9010"
+    metrics_listen: HostPort = "127.0.0.1:9000"
+    trainer_metrics_listen: HostPort = "127.0.0.1:9010"
     """Prometheus endpoint of trainer rank 0."""
     ranks: PositiveInt = 1
     """Trainer ranks on this node (torchrun's nproc-per-node)."""

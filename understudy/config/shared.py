@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from understudy.config.base import Section
 
 Address = Annotated[str, Field(pattern=r"^(unix:.+|\S+:\d{1,5})$")]
+HostPort = Annotated[str, Field(pattern=r"^(\[[\da-fA-F:.]+\]|[^\s:/]+):\d{1,5}$")]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -19,7 +20,9 @@ class RunConfig(Section):
     directory: Path = Path("runs")
     """Folder that holds all runs."""
     seed: int = 0
-    """Seed of everything random in the run."""
+    """Seed of the trainer: torch's generators, the order of demonstrations, the first probe, and
+    permuted rewards; and of `understudy eval` unless it is given one. Episodes that are trained on
+    are sampled without a seed."""
 
     @property
     def path(self) -> Path:
@@ -76,7 +79,7 @@ class ModelConfig(Section):
 class ProcessConfig(Section):
     """Settings that every role has."""
 
-    metrics_listen: Address
+    metrics_listen: HostPort
     """Prometheus endpoint, host:port; port 0 takes a free one."""
     cpus: tuple[int, ...] = ()
     """CPUs that the process may run on; empty leaves the choice to the kernel."""

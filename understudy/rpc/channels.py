@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import logging
+import ssl
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from understudy.errors import ConfigError, PeerUnreachableError
 _log = logging.getLogger(__name__)
 
 MEBIBYTE = 2**20
+_SAY_FIRST_SECONDS, _SAY_EVERY_SECONDS = 1.0, 10.0
 
 # A hung peer is noticed after keepalive time plus ping timeout (10 s); without the ping timeout it
 # would take a minute. BDP probing off bounds what a stalled stream buffers to the lookahead.
@@ -74,7 +76,32 @@ def read_pem(path: Path | None, field: str) -> bytes:
         raise ConfigError(f"network.tls.{field} = '{path}': {error.strerror}") from None
 
 
+def check_tls(network: NetworkConfig) -> None:
+    """Refuse files that gRPC would take and then fail every handshake with.
+
+    Raises:
+        ConfigError: naming the field and the file.
+    """
+    tls = network.tls
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(cadata=read_pem(tls.ca, "ca").decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"network.tls.ca = '{tls.ca}': no PEM certificate in it") from None
+    read_pem(tls.certificate, "certificate")
+    read_pem(tls.key, "key")
+    assert tls.certificate is not None  # the config sets all three files or none
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"network.tls.certificate = '{tls.certificate}' and network.tls.key = '{tls.key}' "
+            f"are not a PEM certificate and its own unencrypted key: {error}"
+        ) from None
+
+
 def _channel_credentials(network: NetworkConfig) -> grpc.ChannelCredentials:
+    check_tls(network)
     return grpc.ssl_channel_credentials(
         root_certificates=read_pem(network.tls.ca, "ca"),
         private_key=read_pem(network.tls.key, "key"),
@@ -88,7 +115,7 @@ def open_channel(address: str, network: NetworkConfig) -> grpc.aio.Channel:
     Raises:
         ConfigError: for plaintext beyond this machine, or TLS files that cannot be read.
     """
-    require_secure(address, network, "address")
+    require_secure(address, network, _field(address, network))
     if network.tls.ca:
         credentials = _channel_credentials(network)
         return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
@@ -97,26 +124,40 @@ def open_channel(address: str, network: NetworkConfig) -> grpc.aio.Channel:
 
 def open_sync_channel(address: str, network: NetworkConfig) -> grpc.Channel:
     """Like open_channel, for processes without an event loop (trainer ranks)."""
-    require_secure(address, network, "address")
+    require_secure(address, network, _field(address, network))
     if network.tls.ca:
         return grpc.secure_channel(address, _channel_credentials(network), options=CHANNEL_OPTIONS)
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
+def _field(address: str, network: NetworkConfig) -> str:
+    """Name of the field that an address comes from, for messages."""
+    if address == network.learner:
+        return "network.learner"
+    if address in network.inference:
+        return "network.inference"
+    return "network.envservers" if address in network.envservers else "address"
+
+
 async def wait_ready(channel: grpc.aio.Channel, peer: str, address: str, timeout: float) -> None:
-    """Wait until a peer answers, saying so every ten seconds.
+    """Wait until a peer answers, saying so after a second and then every ten.
 
     Raises:
         PeerUnreachableError: after `timeout` seconds.
     """
     start = time.monotonic()
-    while (waited := time.monotonic() - start) < timeout:
+    patience = _SAY_FIRST_SECONDS
+    while (left := start + timeout - time.monotonic()) > 0:
         try:
-            await asyncio.wait_for(channel.channel_ready(), min(10.0, timeout - waited))
+            await asyncio.wait_for(channel.channel_ready(), min(patience, left))
             return
         except TimeoutError:
-            _log.warning("waiting for the %s at %s (%.0f s)", peer, address, waited)
+            waited = time.monotonic() - start
+            _log.warning(
+                "waiting for the %s at %s (%.0f of %.0f s)", peer, address, waited, timeout
+            )
+            patience = _SAY_EVERY_SECONDS
     raise PeerUnreachableError(
         f"the {peer} at {address} did not answer within {timeout:.0f} s; start it, correct the "
-        "address under [network], or raise network.connect_timeout_seconds"
+        "address or tls under [network], or raise network.connect_timeout_seconds"
     )

@@ -15,7 +15,7 @@ DRAINING = control_pb2.ROLE_STATE_DRAINING
 
 
 class RoleControl:
-    """Owns a role's state: STARTING -> SERVING <-> PAUSED, and from any of them DRAINING.
+    """Owns a role's state: STARTING -> SERVING, both <-> PAUSED, and from any of them DRAINING.
 
     Loops that make new work call `await control.admitted()`; servicers call `control.admit()`.
     """
@@ -25,10 +25,12 @@ class RoleControl:
         self.figures = figures
         self.state = STARTING
         self.draining = asyncio.Event()
+        self._ready = False
         self._open = asyncio.Event()
 
     def serving(self) -> None:
-        """The process takes work from now on."""
+        """The process is ready for work, and takes it from now on unless it is paused."""
+        self._ready = True
         if self.state == STARTING:
             self.state = SERVING
             self._open.set()
@@ -40,15 +42,21 @@ class RoleControl:
             self._open.clear()
 
     def resume(self) -> None:
-        """Take new work again. Raises ServiceError once the process drains."""
+        """End a pause: back to work, or to the start if the process was paused during that.
+
+        Raises:
+            ServiceError: DRAINING.
+        """
         if self.state == DRAINING:
             raise ServiceError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "DRAINING",
                 f"the {self.role} is stopping; start a new one",
             )
-        self.state = SERVING
-        self._open.set()
+        if self.state == PAUSED:
+            self.state = STARTING
+            if self._ready:
+                self.serving()
 
     def drain(self) -> None:
         """Finish running work and end."""

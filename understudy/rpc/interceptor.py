@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from understudy import metrics
 from understudy.rpc.errors import ServiceError
@@ -62,6 +63,10 @@ class _Call:
 
     async def fail(self, error: BaseException, context: Any) -> None:
         """End the call with the error's status; never returns normally."""
+        if isinstance(error, DecodeError):
+            error = ServiceError(
+                grpc.StatusCode.INVALID_ARGUMENT, "BAD_MESSAGE", f"{self.name}: {error}"
+            )
         if isinstance(error, ServiceError):
             self.done(error.code)
             await context.abort_with_status(error.to_status())
@@ -88,8 +93,14 @@ def _wrap(name: str, handler: Any) -> Handler:
     inner = (
         handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     )
-    wrapped = _stream(call, inner) if handler.response_streaming else _unary(call, inner)
-    return make(wrapped, handler.request_deserializer, handler.response_serializer)
+    wrap = _stream if handler.response_streaming else _unary
+    if handler.request_streaming:
+        return make(wrap(call, inner), handler.request_deserializer, handler.response_serializer)
+    # A single request is decoded inside, so that bytes that are no message are an error like others
+    # and not an exception whose text grpc sends to the peer.
+    decode = handler.request_deserializer
+    decoded = wrap(call, lambda request, context: inner(decode(request), context))
+    return make(decoded, None, handler.response_serializer)
 
 
 def _unary(
@@ -125,6 +136,7 @@ def _stream(
         except BaseException as error:  # every ending is counted and mapped in one place
             await call.fail(error, context)
             raise
+        # Also for a stream that was cancelled while it waited for a request: its requests just end.
         call.done(grpc.StatusCode.OK)
 
     return handle

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from understudy.config import NetworkConfig
 from understudy.errors import ConfigError
 from understudy.process import stop_on_signals
-from understudy.rpc.channels import COMMON_OPTIONS, MEBIBYTE, read_pem, require_secure
+from understudy.rpc.channels import COMMON_OPTIONS, MEBIBYTE, check_tls, read_pem, require_secure
 from understudy.rpc.control import ControlServicer, RoleControl
 from understudy.rpc.interceptor import HandlerInterceptor
 from understudy.v1 import control_pb2_grpc
@@ -37,7 +37,7 @@ class RoleServer:
 
         server = RoleServer("learner", "127.0.0.1:7000", network, services, control)
         await server.bind()          # health says NOT_SERVING
-        server.set_serving()         # ready for work
+        await server.set_serving()   # ready for work
         await control.draining.wait()
         await server.stop()          # NOT_SERVING, running calls get `grace` seconds, then close
 
@@ -120,6 +120,7 @@ class RoleServer:
         tls = self.network.tls
         if not tls.ca:
             return self._server.add_insecure_port(self.listen)
+        check_tls(self.network)
         credentials = grpc.ssl_server_credentials(
             [(read_pem(tls.key, "key"), read_pem(tls.certificate, "certificate"))],
             root_certificates=read_pem(tls.ca, "ca"),

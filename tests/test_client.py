@@ -1,0 +1,188 @@
+"""The public client against a real intake, and against servers that lie."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from itertools import product
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from conftest import serving
+from intake_rig import Rig, make_config, running, trajectory
+from understudy.client import (
+    BatchClient,
+    Lease,
+    PushRefusedError,
+    TaskClient,
+    TrajectoryClient,
+    WeightClient,
+    WeightError,
+)
+from understudy.config import NetworkConfig
+from understudy.rpc import Service, error_reason
+from understudy.trajectory import Trajectory, TrajectoryError
+from understudy.v1 import common_pb2, task_pb2, weight_pb2, weight_pb2_grpc
+
+RNG = np.random.default_rng(0)
+TENSORS = {
+    "model.embed.weight": RNG.normal(size=(700, 512)).astype(np.float32),
+    "model.norm.weight": RNG.normal(size=(4,)).astype(np.float32),
+}
+
+
+def address_of(rig: Rig) -> str:
+    return f"127.0.0.1:{rig.server._server.port}"
+
+
+def played(lease: Lease, **fields: object) -> Trajectory:
+    """A made-up episode of a lease."""
+    key = common_pb2.TaskKey(ordinal=lease.ordinal, sample_index=lease.sample_index)
+    task = common_pb2.TaskReference(
+        suite=lease.suite, split=lease.split, task_ordinal=lease.task_ordinal
+    )
+    return trajectory(task_pb2.Lease(task_key=key, task=task), **fields)
+
+
+def wire_bytes(direction: str, stage: str) -> float:
+    labels = {"direction": direction, "stage": stage}
+    return REGISTRY.get_sample_value("understudy_wire_bytes_total", labels) or 0.0
+
+
+async def test_what_is_pushed_comes_back_in_a_batch(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path)) as rig:
+        address = address_of(rig)
+        async with (
+            TaskClient.connect(address) as tasks,
+            TrajectoryClient.connect(address) as trajectories,
+            BatchClient.connect(address) as batches,
+        ):
+            kinds = [*product(("sent", "received"), ("raw", "compressed"))]
+            before = [wire_bytes(*kind) for kind in kinds]
+            leases = (await tasks.lease("a", 4)).leases
+            for lease in leases:
+                await trajectories.push(lease, played(lease))
+            await trajectories.flush()
+            assert trajectories.num_unacked == 0
+            counted = [wire_bytes(*kind) - was for kind, was in zip(kinds, before, strict=True)]
+            assert counted[:2] == counted[2:]
+            assert counted[0] > 4 * 12 * 4  # four trajectories of twelve int32 tokens
+            assert counted[1] > 0
+
+            batch = await batches.next_batch(0)
+            assert (batch.header.step, batch.header.num_trajectories) == (0, 4)
+            for item in batch.trajectories:
+                rewards = np.frombuffer(batch.header.groups[item.group_index].rewards, "<f4")
+                assert rewards[item.reward_index] == item.trajectory.reward
+                assert item.trajectory.num_tokens == 12
+            await batches.complete_step(0, {"loss": 0.5})
+            assert rig.intake.ledger.num_completed == 1
+
+
+async def test_a_rejected_trajectory_is_raised_once(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path)) as rig:
+        address = address_of(rig)
+        async with (
+            TaskClient.connect(address) as tasks,
+            TrajectoryClient.connect(address) as client,
+        ):
+            one, other = (await tasks.lease("a", 2)).leases
+            await client.push(one, played(one, versions=(9,)))
+            with pytest.raises(TrajectoryError, match="UNKNOWN_VERSION: record 0: versions"):
+                await client.flush()
+            await client.push(other, played(other))
+            await client.flush()
+
+
+async def test_a_client_of_another_run_or_with_a_name_in_use_is_told(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path)) as rig:
+        address, network = address_of(rig), NetworkConfig()
+        async with (
+            TaskClient.connect(address) as tasks,
+            TrajectoryClient(address, network, run_id="other") as stranger,
+            TrajectoryClient(address, network, actor_id="a") as first,
+            TrajectoryClient(address, network, actor_id="a") as second,
+            asyncio.timeout(10),
+        ):
+            leases = (await tasks.lease("a", 4)).leases
+            with pytest.raises(PushRefusedError, match="served is 'run'"):
+                await push_and_flush(stranger, leases[0])
+            await push_and_flush(first, leases[1])
+            await push_and_flush(second, leases[2])
+            with pytest.raises(PushRefusedError, match="names of living actors are unique"):
+                await push_and_flush(first, leases[3])
+
+
+async def push_and_flush(client: TrajectoryClient, lease: Lease) -> None:
+    await client.push(lease, played(lease))
+    await client.flush()
+
+
+async def test_what_is_published_is_announced_and_fetched(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path), version=False) as rig:
+        async with WeightClient.connect(address_of(rig)) as client:
+            publish = {"tensors": TENSORS, "epoch": 1, "run_id": "run"}
+            assert await client.publish(step=0, **publish) == 1
+            async with contextlib.aclosing(client.watch_versions("r")) as versions:
+                assert (await anext(versions)).version == 1
+                assert await client.publish(step=1, **publish) == 2
+                assert (await anext(versions)).step == 1
+            weights = await client.fetch()
+            assert (weights.manifest.version, weights.manifest.step) == (2, 1)
+            assert weights.payload == b"".join(tensor.tobytes() for tensor in TENSORS.values())
+            shapes = {part.name: tuple(part.shape) for part in weights.manifest.slices}
+            assert shapes == {name: tensor.shape for name, tensor in TENSORS.items()}
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await client.fetch(target_version=9)
+            assert error_reason(error.value) == "UNKNOWN_VERSION"
+
+
+async def test_the_bundle_and_reports_of_replicas(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path)) as rig:
+        folder = tmp_path / "fetched"
+        folder.mkdir()
+        async with WeightClient.connect(address_of(rig)) as client:
+            assert await client.fetch_model_bundle(folder) == rig.server.bundle.digest
+            await client.report_replica("r0", 1, pause_seconds=0.25)
+        assert (folder / "tokenizer.json").exists()
+        lines = (rig.intake.config.run.path / "metrics.jsonl").read_text().splitlines()
+        report = json.loads(lines[-1])
+        assert (report["replica_id"], report["version"], report["pause_seconds"]) == ("r0", 1, 0.25)
+
+
+class LyingStore(weight_pb2_grpc.WeightServiceServicer):
+    """Sends a payload that its manifest does not describe."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+
+    async def FetchWeights(
+        self, request: weight_pb2.FetchWeightsRequest, context: object
+    ) -> AsyncIterator[weight_pb2.FetchWeightsResponse]:
+        part = weight_pb2.TensorSlice(
+            name="w", num_bytes=4, digest=hashlib.sha256(b"good").digest()
+        )
+        manifest = weight_pb2.WeightManifest(version=1, slices=[part], payload_bytes=4)
+        yield weight_pb2.FetchWeightsResponse(manifest=manifest)
+        yield weight_pb2.FetchWeightsResponse(chunk=self.payload)
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [(b"evil", "wrong SHA-256"), (b"goo", "wrong SHA-256"), (b"good!", "more than the 4 bytes")],
+)
+async def test_weights_that_lie_are_refused(payload: bytes, said: str) -> None:
+    service = Service(
+        name="understudy.v1.WeightService",
+        add=weight_pb2_grpc.add_WeightServiceServicer_to_server,
+        servicer=LyingStore(payload),
+    )
+    async with serving(service, role="learner") as address:
+        async with WeightClient.connect(address) as client:
+            with pytest.raises(WeightError, match=said):
+                await client.fetch()
