@@ -12,7 +12,7 @@ This process plays the trainer's part once: it publishes one tensor, so that the
 """
 
 import argparse
-import hashlib
+import asyncio
 import json
 import shutil
 import socket
@@ -27,11 +27,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.suite import TOOL_SECONDS
+from understudy.client import WeightClient
 from understudy.config import Config, write_config
 from understudy.process import prepare_process
-from understudy.rpc import open_sync_channel
 from understudy.supervisor import Supervisor
-from understudy.v1 import weight_pb2, weight_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
 NUM_CALLS = 4
@@ -140,7 +139,7 @@ def _start(supervisor: Supervisor, config: Config, config_file: Path) -> None:
     }
     for name, words in commands.items():
         if name == "actor":
-            _publish(config)
+            asyncio.run(_publish(config))
             supervisor.wait_serving("inference", config.inference.listen, config.network, 60)
         arguments = ["-m", "understudy.cli", *words, "--config", str(config_file)]
         supervisor.start(name, [sys.executable, *arguments])
@@ -148,33 +147,10 @@ def _start(supervisor: Supervisor, config: Config, config_file: Path) -> None:
             supervisor.wait_serving("intake", config.learner.listen, config.network, 60)
 
 
-def _publish(config: Config) -> None:
-    values = np.zeros(16, "<f4").tobytes()
-    tensor = weight_pb2.TensorSlice(
-        name="model.norm.weight",
-        dtype="F32",
-        shape=[16],
-        num_elements=16,
-        encoding=weight_pb2.TENSOR_ENCODING_DENSE,
-        num_bytes=len(values),
-        digest=hashlib.sha256(values).digest(),
-    )
-    header = weight_pb2.PartHeader(
-        run_id=config.run.name,
-        epoch=1,
-        num_parts=1,
-        slices=[tensor],
-        probe=weight_pb2.LogprobProbe(
-            token_ids=np.arange(2, dtype="<i4").tobytes(),
-            logprobs=np.full(1, -0.5, "<f4").tobytes(),
-        ),
-    )
-    requests = [
-        weight_pb2.PublishWeightsRequest(header=header),
-        weight_pb2.PublishWeightsRequest(chunk=values),
-    ]
-    with open_sync_channel(config.network.learner, config.network) as channel:
-        weight_pb2_grpc.WeightServiceStub(channel).PublishWeights(iter(requests), timeout=10)
+async def _publish(config: Config) -> None:
+    tensors = {"model.norm.weight": np.zeros(16, np.float32)}
+    async with WeightClient(config.network.learner, config.network) as learner:
+        await learner.publish(tensors, step=0, epoch=1, run_id=config.run.name)
 
 
 def _wait_for_tasks(config: Config, concurrency: int) -> None:

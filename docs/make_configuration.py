@@ -33,17 +33,19 @@ Everything else has a default that suits one machine: loopback addresses, defaul
 - `understudy run` and `understudy demo` write the resolved configuration to `config.json` in the
   run's folder; it can be given to `--config` like a TOML file.
 - `understudy ROLE --help` prints the keys of the role's section.
-- Limits that two sections share are not all checked: `learner.tasks.max_tokens` is to be at most
-  `inference.max_model_len`. An actor refuses to start where the suite's split has fewer tasks than
-  `learner.tasks.first_ordinal` plus `num_tasks`.
+- `learner.tasks.max_tokens` above `inference.max_model_len` is refused. An actor refuses to start
+  where the suite's split has fewer tasks than `learner.tasks.first_ordinal` plus `num_tasks`.
 - Relative paths are relative to the directory that the command is started in.
 - An address is `host:port`, or `unix:/path` for a Unix socket; port 0 takes a free one. An address
   beyond this machine needs `[network.tls]` or `--insecure`: see [operations](operations.md#tls).
+  Metrics are HTTP, on `host:port` only.
 
 Two shipped files are examples: [configs/demo.toml](../configs/demo.toml), which `make demo` uses,
 and [configs/qwen3-32b.toml](../configs/qwen3-32b.toml), for a GPU cluster, which has not been run.
 """
 
+PATTERNS = {"unix:": "address", "\\d{1,5}": "host:port", "._-": "letters, digits and `._-`"}
+"""What a string's pattern has in it, and what that is called."""
 PLURALS = {"address": "addresses"}
 BOUNDS = {
     "minimum": "from {}",
@@ -116,7 +118,7 @@ def _kind(schema: dict[str, Any]) -> str:
     if schema.get("format") == "path":
         return "path"
     if "pattern" in schema:
-        return "address" if "unix:" in schema["pattern"] else "letters, digits and `._-`"
+        return next(kind for mark, kind in PATTERNS.items() if mark in schema["pattern"])
     if schema["type"] == "boolean":
         return "true or false"
     bounds = [text.format(f"{schema[key]:g}") for key, text in BOUNDS.items() if key in schema]

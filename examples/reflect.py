@@ -4,15 +4,18 @@
     python examples/reflect.py 127.0.0.1:7200 understudy.v1.ControlService/GetStatus
     python examples/reflect.py 127.0.0.1:7200 \\
         understudy.v1.EnvironmentService/DescribeSuite '{"suite": "practice"}'
+    python examples/reflect.py 127.0.0.1:7000 \\
+        understudy.v1.TrajectoryService/PushTrajectories '{"hello": {"actorId": "me"}}'
 
 Everything it knows of the messages comes from the server's reflection service. Requests and
-responses are JSON as protobuf maps it: `bytes` are base64. Needs grpcio, grpcio-reflection and
-grpcio-status. Methods to which the client streams are listed, and not called.
+responses are JSON as protobuf maps it: `bytes` are base64. A method to which the client streams
+takes as many requests as are given, one behind the other. Needs grpcio, grpcio-reflection and
+grpcio-status.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -32,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address", help="host:port on this machine")
     parser.add_argument("method", nargs="?", help="Service/Method; left out, services are listed")
-    parser.add_argument("request", nargs="?", default="{}", help="the request as JSON")
+    parser.add_argument("requests", nargs="*", metavar="request", help="as JSON; left out: {}")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds")
     arguments = parser.parse_args()
     with grpc.insecure_channel(arguments.address) as channel:
@@ -45,7 +48,7 @@ def main() -> int:
             else:
                 service, _, name = arguments.method.rpartition("/")
                 method = pool.FindServiceByName(service).FindMethodByName(name)
-                for line in call(channel, method, arguments.request, arguments.timeout):
+                for line in call(channel, method, arguments.requests, arguments.timeout):
                     print(line, flush=True)
         except grpc.RpcError as error:
             print(f"{error.code().name} {reason(error)}: {error.details()}", file=sys.stderr)
@@ -66,19 +69,28 @@ def describe(pool: DescriptorPool, service: str) -> Iterator[str]:
 
 
 def call(
-    channel: grpc.Channel, method: MethodDescriptor, request: str, timeout: float
+    channel: grpc.Channel, method: MethodDescriptor, requests: Sequence[str], timeout: float
 ) -> Iterator[str]:
     """Call a method and give each of its responses as JSON."""
-    if method.client_streaming:
-        raise KeyError(f"{method.full_name} takes a stream; this client sends one message")
-    open_call = channel.unary_stream if method.server_streaming else channel.unary_unary
-    stub: Any = open_call(
+    messages = [
+        json_format.Parse(request, GetMessageClass(method.input_type)())
+        for request in requests or ["{}"]
+    ]
+    if len(messages) > 1 and not method.client_streaming:
+        raise KeyError(f"{method.full_name} takes one request, {len(messages)} were given")
+    kind = (method.client_streaming, method.server_streaming)
+    open_call: Any = {
+        (False, False): channel.unary_unary,
+        (False, True): channel.unary_stream,
+        (True, False): channel.stream_unary,
+        (True, True): channel.stream_stream,
+    }[kind]
+    stub = open_call(
         f"/{method.containing_service.full_name}/{method.name}",
         request_serializer=lambda message: message.SerializeToString(),
         response_deserializer=GetMessageClass(method.output_type).FromString,
     )
-    message = json_format.Parse(request, GetMessageClass(method.input_type)())
-    answer = stub(message, timeout=timeout)
+    answer = stub(iter(messages) if method.client_streaming else messages[0], timeout=timeout)
     for response in answer if method.server_streaming else [answer]:
         yield json_format.MessageToJson(response, always_print_fields_with_no_presence=True)
 

@@ -3,41 +3,36 @@
     understudy run --config RUN.toml            # in another terminal; writes runs/NAME/config.json
     python examples/talk_to_services.py runs/NAME/config.json
 
-It is the smallest actor there is, and what it plays is trained on like anything else. Where
-`understudy.client` has no class for a service (trajectories, batches) the generated stubs serve.
+It is the smallest actor there is, and what it plays is trained on like anything else. It calls
+nothing but `understudy.client`; of the generated code it uses the names of outcomes and states.
 """
 
 import argparse
 import asyncio
-import hashlib
+import contextlib
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 
 from understudy.chat import ChatFormat, parse_reply
 from understudy.client import (
+    BatchClient,
     ControlClient,
     EnvironmentClient,
     InferenceClient,
     Lease,
+    SamplingParameters,
     TaskClient,
-    fetch_model_bundle,
+    TrajectoryClient,
+    WeightClient,
 )
 from understudy.config import Config, load_config
 from understudy.rpc import error_reason
-from understudy.trajectory import Segment, Trajectory, Turn, encode_trajectory
-from understudy.v1 import (
-    batch_pb2,
-    batch_pb2_grpc,
-    common_pb2,
-    control_pb2,
-    trajectory_pb2,
-    trajectory_pb2_grpc,
-)
+from understudy.trajectory import Segment, Trajectory, Turn
+from understudy.v1 import control_pb2, trajectory_pb2
 
 ACTOR = "tour"
 COMPLETED, TRUNCATED = trajectory_pb2.OUTCOME_COMPLETED, trajectory_pb2.OUTCOME_TRUNCATED
@@ -47,25 +42,32 @@ async def tour(config: Config) -> None:
     """Talk to every service once."""
     network = config.network
     async with (
-        TaskClient(network.learner, network) as learner,
+        TaskClient(network.learner, network) as tasks,
+        WeightClient(network.learner, network) as weights,
+        TrajectoryClient(
+            network.learner, network, actor_id=ACTOR, run_id=config.run.name
+        ) as trajectories,
+        BatchClient(network.learner, network) as batches,
         InferenceClient(network.inference[0], network) as inference,
         EnvironmentClient(network.envservers[0], network) as environment,
     ):
         # ControlService: every role has it on its own port.
-        for address in (learner.address, inference.address, environment.address):
+        for address in (tasks.address, inference.address, environment.address):
             async with ControlClient(address, network) as control:
                 status = await control.status()
                 state = control_pb2.RoleState.Name(status.state).removeprefix("ROLE_STATE_")
                 print(f"{status.role} at {address}: {state} {dict(status.figures)}")
 
-        # WeightService: the files that go with the weights.
+        # WeightService: the newest version, and the files that go with the weights.
+        async with asyncio.timeout(10), contextlib.aclosing(weights.watch_versions()) as versions:
+            newest = await anext(versions)
         with tempfile.TemporaryDirectory() as folder:
-            digest = await fetch_model_bundle(learner.channel, Path(folder))
+            digest = await weights.fetch_model_bundle(Path(folder))
             chat = ChatFormat.load(Path(folder), config.model.tools)
-        print(f"model bundle {digest[:12]}, stop tokens {chat.stop_token_ids}")
+        print(f"version {newest.version} has {newest.step} steps behind it; bundle {digest[:12]}")
 
         # TaskService: the right to play one episode.
-        answer = await learner.lease(ACTOR, max_leases=1, timeout=10)
+        answer = await tasks.lease(ACTOR, max_leases=1, timeout=10)
         if not answer.leases:
             print("no task is free" + " any more" * answer.exhausted)
             return
@@ -81,13 +83,13 @@ async def tour(config: Config) -> None:
         print(f"{trajectory.task_id}: {len(trajectory.turns)} turns, reward {trajectory.reward}")
 
         # TrajectoryService: what the learner gets.
-        print(await push(learner.channel, config.run.name, lease, trajectory))
+        await trajectories.push(lease, trajectory)
+        await trajectories.flush()
+        print(f"{trajectory.num_tokens} tokens sent and acked")
 
         # BatchService: the trainer's. Errors carry a reason in capitals and a remedy in words.
-        request = batch_pb2.NextBatchRequest(step=2**40, rank=0, world_size=1)
         try:
-            async for _ in batch_pb2_grpc.BatchServiceStub(learner.channel).NextBatch(request):
-                pass
+            await batches.next_batch(step=2**40)
         except grpc.aio.AioRpcError as error:
             print(f"{error.code().name} ({error_reason(error)}): {error.details()}")
 
@@ -107,7 +109,7 @@ async def play(
             room = min(lease.max_tokens - len(prompt), lease.sampling.max_new_tokens)
             if room < 1:
                 break
-            sampling = common_pb2.SamplingParameters(
+            sampling = SamplingParameters(
                 temperature=lease.sampling.temperature,
                 max_new_tokens=room,
                 stop_token_ids=chat.stop_token_ids,
@@ -168,32 +170,6 @@ async def play(
 def harmless(chat: ChatFormat, message: dict[str, str]) -> dict[str, str]:
     """A message from outside in which special tokens are broken, so that it cannot end its turn."""
     return {**message, "content": chat.neutralise(message["content"])}
-
-
-async def push(channel: grpc.aio.Channel, run_id: str, lease: Lease, trajectory: Trajectory) -> str:
-    """Say hello, send one record, wait for its ack."""
-    request = trajectory_pb2.PushTrajectoriesRequest
-    stream: Any = trajectory_pb2_grpc.TrajectoryServiceStub(channel).PushTrajectories(timeout=30)
-    await stream.write(request(hello=trajectory_pb2.Hello(run_id=run_id, actor_id=ACTOR)))
-    welcome = (await stream.read()).welcome
-    payload = encode_trajectory(trajectory)
-    record = trajectory_pb2.TrajectoryRecord(
-        incarnation=welcome.incarnation,
-        sequence=welcome.next_sequence,
-        epoch=welcome.epoch,
-        lease_id=lease.lease_id,
-        task_key=common_pb2.TaskKey(ordinal=lease.ordinal, sample_index=lease.sample_index),
-        outcome=trajectory.outcome,
-        encoding=common_pb2.ENCODING_ZSTD,
-        payload=payload,
-        payload_digest=hashlib.sha256(payload).digest(),
-    )
-    await stream.write(request(record=record))
-    response = await stream.read()
-    stream.cancel()
-    if response.HasField("nack"):
-        return f"refused: {response.nack.reason} {response.nack.detail}"
-    return f"{len(payload)} bytes stored; record {response.ack.next_sequence} is next"
 
 
 def main() -> None:

@@ -1,6 +1,10 @@
 """Command `understudy inference`."""
 
+import atexit
+import os
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from understudy.arguments import parse_config
 
@@ -13,4 +17,16 @@ def run_inference(argv: Sequence[str]) -> int:
     from understudy.process import prepare_process, run
 
     prepare_process("inference", config.inference.cpus, config.inference.threads)
-    return run(serve_inference(config))
+    leave(run(serve_inference(config)))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without the interpreter's teardown; what is registered for its exit runs.
+
+    All work is done by then. In the teardown, native modules that vLLM loads would write a hundred
+    lines about what they leak to the end of the log, where people look for what went wrong.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -26,7 +26,9 @@ def run_demo(argv: Sequence[str]) -> int:
         prog="understudy demo",
         description="Train a small agent from scratch on this machine and measure what it learned.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of model, tasks and sampling")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of model, demonstrations and evaluation"
+    )
     parser.add_argument(
         "--minutes", type=float, default=12.0, help="time for everything after set-up"
     )

@@ -14,7 +14,7 @@ from launch.report import format_table, write_report
 from launch.result import Evaluations, collect_result
 from launch.roles import LocalRoles
 from understudy.config import Config, load_config, write_config
-from understudy.supervisor import Supervisor
+from understudy.supervisor import Supervisor, interrupted_code
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ EXPECTED_SECONDS = {
 RESERVE_SECONDS = sum(
     EXPECTED_SECONDS[stage] for stage in ("start", "evaluate base", "evaluate trained", "report")
 )
+
+RESULTS = ("metrics.jsonl", "samples.jsonl", "eval-*.json", "result.json", "report.html")
+"""What a demo of the same name has left, by pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +78,9 @@ def run_demo_plan(plan: DemoPlan) -> int:
     try:
         with Supervisor(demo.run_path / "logs") as supervisor, demo.progress:
             demo.run(supervisor)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _log.warning("interrupted; what was done is in %s", demo.run_path)
-        code = 130
+        code = interrupted_code(interrupt)
     result = collect_result(
         demo.run_path, demo.evaluations, demo.progress, demo.config, interrupted=bool(code)
     )
@@ -97,8 +100,9 @@ class Demo:
         self.config = _resolve(config, plan, self.warmup_path)
         self.progress = Progress(EXPECTED_SECONDS)
         self.evaluations = Evaluations()
-        for stale in ("metrics.jsonl", "samples.jsonl", "result.json", "report.html"):
-            (self.run_path / stale).unlink(missing_ok=True)
+        for pattern in RESULTS:
+            for stale in self.run_path.glob(pattern):
+                stale.unlink()
 
     def run(self, supervisor: Supervisor) -> None:
         """All stages in order."""

@@ -5,14 +5,25 @@ import logging
 from launch.progress import Progress
 from launch.roles import LocalRoles
 from understudy.config import Config, write_config
-from understudy.supervisor import Supervisor
+from understudy.errors import ConfigError
+from understudy.supervisor import Supervisor, interrupted_code
 
 _log = logging.getLogger(__name__)
 
 
 def run_local(config: Config) -> int:
-    """Start all roles, train to the end or to Ctrl-C, end all roles. Returns the exit code."""
+    """Start all roles, train to the end or to Ctrl-C, end all roles. Returns the exit code.
+
+    Raises:
+        ConfigError: the run was trained before; there is no way to go on with it.
+    """
     run_path = config.run.path
+    metrics = run_path / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        raise ConfigError(
+            f"run.name = {config.run.name!r}: {run_path} holds a run already, and a run cannot be "
+            "resumed; choose another name, or delete the folder"
+        )
     config_file = write_config(config, run_path)
     try:
         with Supervisor(run_path / "logs") as supervisor, Progress({}) as progress:
@@ -20,10 +31,10 @@ def run_local(config: Config) -> int:
             with progress.stage("start"):
                 roles.start_services(progress.poll)
             steps = config.learner.train.steps
-            with progress.stage("reinforce", run_path / "metrics.jsonl", steps):
+            with progress.stage("reinforce", metrics, steps):
                 roles.train(progress.poll)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _log.warning("interrupted; what was done is in %s", run_path)
-        return 130
+        return interrupted_code(interrupt)
     _log.info("done: model and metrics are in %s", run_path)
     return 0

@@ -1,6 +1,7 @@
 """Command `understudy learner`: the intake and the trainer ranks."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from understudy.config import Config
 
 INTAKE_MODULE = "learner.intake"
 TRAINER_MODULE = "learner.trainer.main"
+_log = logging.getLogger(__name__)
 
 
 def run_learner(argv: Sequence[str]) -> int:
@@ -69,17 +71,21 @@ def _passed_on(arguments: argparse.Namespace) -> list[str]:
 
 def _run_both(arguments: argparse.Namespace, config: Config) -> int:
     from understudy.process import prepare_process
-    from understudy.supervisor import Supervisor
+    from understudy.supervisor import Supervisor, interrupted_code
 
     prepare_process("learner")
-    with Supervisor(config.run.path / "logs") as supervisor:
-        supervisor.start("intake", intake_command(arguments))
-        supervisor.wait_serving(
-            "intake",
-            config.learner.listen,
-            config.network,
-            config.network.connect_timeout_seconds,
-        )
-        supervisor.start("trainer", trainer_command(arguments, config))
-        supervisor.wait("trainer")
+    try:
+        with Supervisor(config.run.path / "logs") as supervisor:
+            supervisor.start("intake", intake_command(arguments))
+            supervisor.wait_serving(
+                "intake",
+                config.learner.listen,
+                config.network,
+                config.network.connect_timeout_seconds,
+            )
+            supervisor.start("trainer", trainer_command(arguments, config))
+            supervisor.wait("trainer")
+    except KeyboardInterrupt as interrupt:
+        _log.warning("interrupted; what was done is in %s", config.run.path)
+        return interrupted_code(interrupt)
     return 0

@@ -12,7 +12,7 @@ from actor.environment_pool import EnvironmentPool
 from actor.episode import Player
 from actor.inference_pool import InferencePool
 from actor.server import act
-from actor.uplink import Uplink
+from actor.worker import Worker
 from conftest import serving
 from envserver.servicer import EnvironmentServicer
 from inference.scripted import ScriptedEngine
@@ -20,7 +20,8 @@ from inference.servicer import InferenceServicer
 from learner.intake.server import IntakeServer
 from suites import EchoSuite, FaultySuite, WaitingSuite
 from understudy.chat import ChatFormat
-from understudy.client import Lease, TaskClient
+from understudy.client import Lease, PushRefusedError, TaskClient, TrajectoryClient
+from understudy.client.trajectories import Uplink
 from understudy.config import Config
 from understudy.errors import PeerUnreachableError
 from understudy.rpc import RoleControl, Service
@@ -241,6 +242,54 @@ async def test_an_actor_plays_a_run_to_its_end_and_exits(tmp_path: Path, bundle:
                 number for name, number in figures.items() if name != "issued"
             )
             assert figures["leased"] == figures["waiting"] == figures["stored"] == 0
+
+
+class EndlessPlayer:
+    """Plays episodes that never end."""
+
+    async def play(self, lease: Lease) -> Trajectory:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_drain_ends_an_actor_whose_slots_are_all_taken(
+    tmp_path: Path, bundle: Path
+) -> None:
+    async with intake(make_config(tmp_path, bundle)) as (_, learner):
+        async with TaskClient.connect(learner) as tasks:
+            control = RoleControl("actor")
+            control.serving()
+            uplink = Uplink(tasks.channel, "run", "a", max_bytes=2**20)
+            player: Any = EndlessPlayer()
+            worker = Worker("run", "a", 1, tasks, player, uplink, control)
+            working = asyncio.create_task(worker.run(grace=0.1))
+            await asyncio.sleep(0.3)
+            assert worker.num_running == 1
+            control.drain()
+            await asyncio.wait_for(working, 5)
+            assert worker.num_running == 0
+
+
+async def test_an_actor_whose_name_was_taken_ends_with_the_reason(
+    tmp_path: Path, bundle: Path, chat: ChatFormat
+) -> None:
+    trajectory = await play(chat, bundle, ["7"], make_lease("echo", 0))
+    async with environments() as environment, engine(bundle, ["7"]) as inference:
+        config = make_config(tmp_path, bundle)
+        async with intake(config) as (server, learner), asyncio.timeout(20):
+            network = {"learner": learner, "inference": [inference], "envservers": [environment]}
+            config = make_config(tmp_path, bundle, network=network)
+            acting = asyncio.create_task(act(config))
+            while server.intake.balance().figures()["stored"] < 8:  # noqa: ASYNC110 - all admitted
+                await asyncio.sleep(0.05)
+            ((name, _),) = server.trajectories.actors._newest.items()
+            async with TrajectoryClient(learner, config.network, actor_id=name) as rival:
+                await rival.push(make_lease("echo", 0), trajectory)
+                await rival.flush()
+            server.intake.ledger.end_with(3)
+            await server.intake.advance(1, 1)
+            with pytest.raises(PushRefusedError, match="names of living actors are unique"):
+                await acting
 
 
 async def test_records_survive_an_intake_that_restarts(

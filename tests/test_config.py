@@ -27,6 +27,11 @@ def test_every_shipped_config_loads(path: Path) -> None:
         ("[actor]\nconcurrency = 0", "actor.concurrency = 0: Input should be greater than 0"),
         ("[learner.train]\nclip_low = nan", "learner.train.clip_low = nan"),
         ("[network]\nlearner = 'nowhere'", "network.learner = 'nowhere'"),
+        ("[actor]\nmetrics_listen = 'unix:/m'", "actor.metrics_listen = 'unix:/m'"),
+        (
+            "[inference]\nmax_model_len = 512\n[learner.tasks]\nmax_tokens = 513",
+            "learner.tasks.max_tokens = 513 is above inference.max_model_len = 512; lower",
+        ),
         ("[network.tls]\nca = 'ca.pem'", "set all three or none"),
         ("[learner]\nnodes = 2", "need rendezvous"),
         ("[actor", "cannot be read"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from conftest import ROOT, serving
@@ -14,7 +15,7 @@ from envserver.servicer import EnvironmentServicer
 from examples import talk_to_services
 from examples.word_count import Note
 from test_actor import CALL, engine, environments, intake, make_config
-from understudy.client import EnvironmentClient
+from understudy.client import EnvironmentClient, WeightClient
 from understudy.config import EnvserverConfig, write_config
 from understudy.rpc import RoleControl, Service, error_reason
 from understudy.v1 import environment_pb2_grpc
@@ -105,7 +106,7 @@ async def test_reflect_lists_services_and_calls_methods() -> None:
     ("method", "request_json"),
     [
         ("understudy.v1.EnvironmentService/Nope", "{}"),
-        ("understudy.v1.EnvironmentService/Session", "{}"),
+        ("understudy.v1.EnvironmentService/Session", '{"stepp": {}}'),
         ("understudy.v1.EnvironmentService/DescribeSuite", '{"suit": 1}'),
     ],
 )
@@ -116,11 +117,43 @@ async def test_reflect_says_what_it_cannot_call(method: str, request_json: str) 
         assert "Traceback" not in errors
 
 
+async def test_reflect_calls_every_service(tmp_path: Path, bundle: Path) -> None:
+    async with environments() as environment, engine(bundle, ["7"]) as inference:
+        async with intake(make_config(tmp_path, bundle)) as (_, learner):
+            calls = [
+                (learner, "ControlService/GetStatus", ["{}"], '"role": "learner"'),
+                (learner, "TaskService/LeaseTasks", ['{"actorId": "a", "maxLeases": 1}'], "echo"),
+                (
+                    learner,
+                    "TrajectoryService/PushTrajectories",
+                    ['{"hello": {"actorId": "a"}}'],
+                    '"maxPayloadBytes"',
+                ),
+                (learner, "BatchService/NextBatch", ['{"step": 9, "worldSize": 1}'], "step 0 is"),
+                (learner, "WeightService/FetchModelBundle", [], '"tokenizer.json"'),
+                (inference, "InferenceService/DescribeModel", [], '"engine": "scripted"'),
+                (
+                    environment,
+                    "EnvironmentService/Session",
+                    [
+                        '{"reset": {"task": {"suite": "echo", "split": "train"}}}',
+                        '{"step": {"text": "0"}}',
+                    ],
+                    '"terminated": true',
+                ),
+            ]
+            for address, method, requests, said in calls:
+                _, output, errors = await reflect(address, f"understudy.v1.{method}", *requests)
+                assert said in output + errors, method
+
+
 async def test_the_tour_plays_an_episode_that_the_learner_keeps(
     tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with environments() as environment, engine(bundle, [CALL, "0"]) as inference:
         async with intake(make_config(tmp_path, bundle)) as (server, learner):
+            async with WeightClient.connect(learner) as weights:
+                await weights.publish({"w": np.ones(4, "f4")}, step=0, epoch=1, run_id="run")
             network = {"learner": learner, "inference": [inference], "envservers": [environment]}
             file = write_config(make_config(tmp_path, bundle, network=network), tmp_path)
             await talk_to_services.tour(talk_to_services.load_config(file))
@@ -129,5 +162,6 @@ async def test_the_tour_plays_an_episode_that_the_learner_keeps(
     said = capsys.readouterr().out
     assert f"learner at {learner}: SERVING" in said
     assert "echo-0: 2 turns, reward 1.0" in said
-    assert "bytes stored; record 1 is next" in said
+    assert "version 1 has 0 steps behind it" in said
+    assert "tokens sent and acked" in said
     assert "FAILED_PRECONDITION (STEP_OUT_OF_ORDER): step 1099511627776" in said

@@ -120,7 +120,7 @@ def test_every_declared_metric_has_a_panel():
 def test_roles_that_panels_select_are_those_of_the_code():
     roots = ("actor", "envserver", "inference", "learner")
     sources = [path.read_text() for root in roots for path in (REPOSITORY / root).rglob("*.py")]
-    exporters = re.findall(r'start_exporter\([^)]*"(\w+)"\)', "\n".join(sources))
+    exporters = re.findall(r'start_exporter\([^)"]*"(\w+)"', "\n".join(sources))
     selected = re.findall(r'role="(\w+)"', " ".join(expression for _, expression in _expressions()))
     assert set(selected) <= set(exporters)
 

@@ -89,7 +89,7 @@ def test_two_ranks_measure_what_one_does(runs: tuple[Path, Path]) -> None:
     assert one.keys() == two.keys()
     for name in one.keys() - {"padding_share"}:  # cut differently
         assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
-    assert one["staleness_mean"] == 1
+    assert one["token_staleness_mean"] == 1
     assert one["logprob_difference_mean"] > 0
 
 

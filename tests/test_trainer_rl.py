@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from learner.intake.batches import Batch, statistics
 from learner.trainer import intake_client
 from learner.trainer.intake_client import IntakeClient
 from learner.trainer.ranks import joined
@@ -235,14 +236,19 @@ def test_the_first_part_carries_a_probe_of_the_new_weights(
 
 def test_completed_steps_tell_what_was_measured(run_path: Path, learner: Learner) -> None:
     first, second = learner.batches.metrics
-    assert first["reward_mean"] == pytest.approx((NUM_GROUPS * GROUP_SIZE - 1) / 2)
-    assert first["staleness_mean"] == 0
-    assert second["staleness_mean"] == 1
+    assert first["token_staleness_mean"] == 0
+    assert second["token_staleness_mean"] == 1
     assert "logprob_difference_mean" in first
     assert "logprob_difference_mean" not in second
     assert 0 < second["effective_sample_size"] < 1
     for phase in ("wait", "decode", "forward_backward", "optimizer", "publish"):
         assert first[f"seconds_{phase}"] > 0
+
+
+def test_what_is_measured_has_names_of_its_own(run_path: Path, learner: Learner) -> None:
+    """The intake writes its own figures of the batch to the same line of metrics.jsonl."""
+    batch = Batch(step=0, head_version=1, trained_version=1, last=False, groups=(), episodes=())
+    assert not learner.batches.metrics[0].keys() & statistics(batch).keys()
 
 
 def test_an_epoch_rises_with_every_start(run_path: Path, learner: Learner) -> None:

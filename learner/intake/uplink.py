@@ -16,7 +16,7 @@ from learner.intake.intake import IDS_PER_EPOCH, Intake
 from learner.intake.records import Inspector
 from learner.intake.refusals import RefusedError, draining, mapped
 from understudy import metrics
-from understudy.trajectory import MAX_DECODED_BYTES, TrajectoryError
+from understudy.trajectory import MAX_DECODED_BYTES, TrajectoryError, decoded_size
 from understudy.v1 import trajectory_pb2, trajectory_pb2_grpc
 
 Requests = AsyncIterator[trajectory_pb2.PushTrajectoriesRequest]
@@ -107,7 +107,8 @@ class Stream:
         self._num_answers = 0
         """Records taken or seen again since the last ack."""
         self._nacks: list[trajectory_pb2.Nack] = []
-        self._wire_bytes = metrics.WIRE_BYTES.labels("received", "compressed")
+        self._raw_bytes = metrics.WIRE_BYTES.labels("received", "raw")
+        self._compressed_bytes = metrics.WIRE_BYTES.labels("received", "compressed")
 
     def welcome(self) -> trajectory_pb2.Welcome:
         """The answer to Hello."""
@@ -166,7 +167,7 @@ class Stream:
 
     async def _take(self, record: trajectory_pb2.TrajectoryRecord) -> None:
         self._check_envelope(record)
-        self._wire_bytes.inc(len(record.payload))
+        self._compressed_bytes.inc(len(record.payload))
         if record.sequence < self.incarnation.next_sequence:
             metrics.TRAJECTORIES_DUPLICATE.inc()
             return
@@ -179,7 +180,9 @@ class Stream:
                 )
             )
         else:
-            if not taken:
+            if taken:
+                self._raw_bytes.inc(decoded_size(record))
+            else:
                 metrics.TRAJECTORIES_DUPLICATE.inc()
         self.incarnation.next_sequence += 1
 

@@ -18,7 +18,7 @@ from learner.trainer.model import load_policy
 from learner.trainer.optimizer import Optimizer
 from learner.trainer.publish import Publisher
 from learner.trainer.ranks import Ranks
-from learner.trainer.report import Clock, batch_figures, export
+from learner.trainer.report import Clock, export, uniform_share
 from learner.trainer.update import Updater
 from understudy import metrics
 from understudy.config import Config
@@ -48,9 +48,10 @@ def train_reinforce(config: Config, ranks: Ranks) -> None:
                 publisher.probe_with(samples)
                 version = publisher.publish(step + 1)
             if ranks.rank == 0:
-                figures |= batch_figures(share.header) | clock.figures(figures["tokens"])
+                figures["uniform_group_share"] = uniform_share(share.header)
+                figures |= clock.figures(figures["tokens"])
                 intake.complete_step(step, figures)
-                export(figures, clock)
+                export(share.header, figures, clock)
             last = share.header.last or step + 1 == config.learner.train.steps
             every = config.learner.save_every_steps
             if last or (every and (step + 1) % every == 0):

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -124,7 +123,7 @@ class TokenSums:
             "effective_sample_size": effective_sample_size(
                 sums["importance"], sums["importance_squared"], num
             ),
-            "staleness_mean": sums["staleness"] / num,
+            "token_staleness_mean": sums["staleness"] / num,
             "trained_tokens": sums["trained_tokens"],
             "tokens": sums["tokens"],
             "length_mean": sums["tokens"] / max(sums["sequences"], 1.0),
@@ -141,23 +140,24 @@ def effective_sample_size(weight_sum: float, weight_square_sum: float, num: floa
     return weight_sum**2 / (num * weight_square_sum) if weight_square_sum else 1.0
 
 
-def batch_figures(header: batch_pb2.BatchHeader) -> dict[str, float]:
-    """What the header alone tells: rewards of all episodes, uniform groups' included."""
+def uniform_share(header: batch_pb2.BatchHeader) -> float:
+    """Share of groups whose rewards are all equal."""
+    return sum(group.uniform for group in header.groups) / max(len(header.groups), 1)
+
+
+def mean_reward(header: batch_pb2.BatchHeader) -> float:
+    """Over all episodes of a batch, those of uniform groups too."""
     rewards = [np.frombuffer(group.rewards, "<f4") for group in header.groups]
-    uniform = Counter(group.uniform for group in header.groups)[True]
-    return {
-        "reward_mean": float(np.concatenate(rewards).mean()) if rewards else 0.0,
-        "uniform_group_share": uniform / max(len(rewards), 1),
-    }
+    return float(np.concatenate(rewards).mean()) if rewards else 0.0
 
 
-def export(figures: Mapping[str, float], clock: Clock) -> None:
+def export(header: batch_pb2.BatchHeader, figures: Mapping[str, float], clock: Clock) -> None:
     """Set the trainer's Prometheus metrics."""
     for phase, seconds in clock.seconds.items():
         metrics.TRAIN_STEP_SECONDS.labels(phase).observe(seconds)
     metrics.TRAINED_TOKENS.inc(figures["trained_tokens"])
     metrics.LOSS.set(figures["loss"])
-    metrics.REWARD.set(figures["reward_mean"])
+    metrics.REWARD.set(mean_reward(header))
     metrics.GRAD_NORM.set(figures["grad_norm"])
     metrics.ENTROPY.set(figures["entropy"])
     metrics.EFFECTIVE_SAMPLE_SIZE.set(figures["effective_sample_size"])

@@ -1,0 +1,59 @@
+"""Runs: what a second start finds, and what a signal leaves."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from launch.demo import Demo, DemoPlan
+from launch.run import run_local
+from processes import ANY_PORT, finish, started, understudy
+from understudy.config import Config, ModelConfig, RunConfig
+from understudy.errors import ConfigError
+
+
+def test_a_run_that_was_trained_is_not_trained_over(tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(path=tmp_path), run=RunConfig(name="r", directory=tmp_path))
+    journal = tmp_path / "r" / "metrics.jsonl"
+    journal.parent.mkdir()
+    journal.write_text('{"kind": "version"}\n')
+    with pytest.raises(ConfigError, match=r"run\.name = 'r': .*/r holds a run already.*delete"):
+        run_local(config)
+    assert [path.name for path in journal.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_demo_begins_without_an_older_one_s_results(tmp_path: Path) -> None:
+    names = ("metrics.jsonl", "eval-base.json", "result.json", "report.html", "warmup.jsonl")
+    (tmp_path / "demo").mkdir()
+    for name in names:
+        (tmp_path / "demo" / name).touch()
+    plan = DemoPlan(
+        seed=0,
+        minutes=1,
+        control=False,
+        name="demo",
+        config_file=ROOT / "configs" / "demo.toml",
+        overrides=(f"run.directory={tmp_path}",),
+    )
+    Demo(plan)
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["warmup.jsonl"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_learner_with_its_code_and_one_line(
+    tmp_path: Path, bundle: Path, number: signal.Signals, code: int
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(f"run = {{ directory = '{tmp_path}' }}\nmodel = {{ path = '{bundle}' }}\n")
+    with started(*understudy("learner", "--config", str(config), *ANY_PORT)) as learner:
+        log = tmp_path / "run" / "logs" / "intake.log"
+        while not log.exists() or not log.stat().st_size:
+            assert learner.poll() is None
+            time.sleep(0.02)
+        learner.send_signal(number)
+        output = finish(learner)
+        assert learner.returncode == code, output
+    assert len(output.splitlines()) == 1
+    assert f"interrupted; what was done is in {tmp_path / 'run'}" in output
