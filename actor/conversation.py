@@ -19,6 +19,7 @@ from understudy.client import Generation
 from understudy.trajectory import BoolArray, FloatArray, IntArray, Segment, VersionSpan
 
 _EMPTY = np.empty(0, np.int32)
+_OUTSIDE_ROLES = {"system", "user", "tool"}
 
 
 @dataclass
@@ -51,10 +52,13 @@ class _Draft:
         self.spans.append(VersionSpan(version=span.version, start=start, end=end))
 
     def finish(self) -> Segment:
+        """The segment up to its last sampled token: what follows was never answered."""
+        mask = np.concatenate(self.masks)
+        length = int(np.flatnonzero(mask)[-1]) + 1
         return Segment(
-            token_ids=self.token_ids,
-            loss_mask=np.concatenate(self.masks),
-            logprobs=np.concatenate(self.logprobs) if self.logprobs else np.empty(0, np.float32),
+            token_ids=self.token_ids[:length],
+            loss_mask=mask[:length],
+            logprobs=np.concatenate(self.logprobs),
             version_spans=tuple(self.spans),
         )
 
@@ -64,12 +68,19 @@ class Conversation:
 
     def __init__(self, chat: ChatFormat, tools: Sequence[Mapping[str, Any]]) -> None:
         self._chat = chat
-        self._tools = tools
+        self._tools = chat.neutralise_all(tools)
         self._messages: list[Mapping[str, Any]] = []
         self._drafts: list[_Draft] = []
 
     def observe(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
-        """Add messages from the environment and return the prompt of the next turn, [P] tokens."""
+        """Add messages from the environment and return the prompt of the next turn, [P] tokens.
+
+        Raises:
+            ValueError: for a role that only the policy itself may speak in.
+        """
+        for message in messages:
+            if message["role"] not in _OUTSIDE_ROLES:
+                raise ValueError(f"role {message['role']!r} is none of {sorted(_OUTSIDE_ROLES)}")
         self._messages += [
             {**message, "content": self._chat.neutralise(message["content"])}
             for message in messages

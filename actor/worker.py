@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 _GATHER_SECONDS = 0.005
 """Episodes that end within this time are replaced by one call."""
 _RETRY_SECONDS = 1.0
+_MAX_LEASES = 1024
+"""Most that one call may ask for."""
 _SAY_SECONDS = 10.0
 _PERMANENT = (
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -56,7 +58,8 @@ class Worker:
         self._control = control
         self._running: dict[int, asyncio.Task[None]] = {}
         self._slot_free = asyncio.Event()
-        self._renew_every = 30.0
+        self._renew_every = 0.0
+        self._leased = asyncio.Event()
         self._said = 0.0
 
     @property
@@ -90,7 +93,7 @@ class Worker:
 
     async def _refill(self) -> bool:
         """Lease as many episodes as there are free slots; False if there will never be more."""
-        free = self._concurrency - len(self._running)
+        free = min(self._concurrency - len(self._running), _MAX_LEASES)
         try:
             answer = await self._lease(free)
         except grpc.aio.AioRpcError as error:
@@ -104,6 +107,7 @@ class Worker:
             return True
         for lease in answer.leases:
             self._renew_every = lease.expires_after_seconds / 3
+            self._leased.set()
             self._running[lease.lease_id] = asyncio.create_task(self._play(lease))
         metrics.EPISODES.set(len(self._running))
         return not answer.exhausted or bool(answer.leases)
@@ -151,10 +155,15 @@ class Worker:
             self._slot_free.set()
 
     async def _finish(self, grace: float) -> None:
+        """Wait for running episodes; once the process drains, for `grace` seconds more."""
+        draining = asyncio.create_task(self._control.draining.wait())
+        while self._running and not draining.done():
+            waited = (*self._running.values(), draining)
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
         if not self._running:
             return
-        timeout = grace if self._control.draining.is_set() else None
-        _, late = await asyncio.wait(self._running.values(), timeout=timeout)
+        _, late = await asyncio.wait(self._running.values(), timeout=grace)
         for task in late:
             task.cancel()
         if late:
@@ -162,6 +171,7 @@ class Worker:
             await asyncio.wait(late)
 
     async def _renew(self) -> None:
+        await self._leased.wait()
         while True:
             await asyncio.sleep(self._renew_every)
             if not self._running:

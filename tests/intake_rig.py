@@ -143,7 +143,8 @@ class Pusher:
         record.epoch = fields.get("epoch", self.welcome.epoch)
         record.incarnation = fields.get("incarnation", self.welcome.incarnation)
         self.sequence = record.sequence + 1
-        await self.call.write(trajectory_pb2.PushTrajectoriesRequest(record=record))
+        packed = trajectory_pb2.TrajectoryRecords(records=[record])
+        await self.call.write(trajectory_pb2.PushTrajectoriesRequest(records=packed))
 
     async def read(self) -> trajectory_pb2.PushTrajectoriesResponse:
         response = await asyncio.wait_for(self.call.read(), 5)

@@ -171,7 +171,8 @@ async def test_a_record_before_the_hello_is_refused(tmp_path: Path) -> None:
     async with running(make_config(tmp_path), version=False) as rig:
         call = rig.trajectories.PushTrajectories()
         record = trajectory_pb2.TrajectoryRecord()
-        await call.write(trajectory_pb2.PushTrajectoriesRequest(record=record))
+        packed = trajectory_pb2.TrajectoryRecords(records=[record])
+        await call.write(trajectory_pb2.PushTrajectoriesRequest(records=packed))
         assert await reason_of(call.read()) == "BAD_HELLO"
 
 

@@ -72,7 +72,7 @@ def make_record(trajectory: Trajectory, **fields: object) -> trajectory_pb2.Traj
     )
 
 
-@given(st.integers(0, 40), st.integers(0, 40))
+@given(st.integers(1, 40), st.integers(0, 40))
 def test_round_trip_is_exact(num_prompt: int, num_sampled: int) -> None:
     trajectory = make_trajectory(num_prompt + num_sampled, num_sampled)
     decoded = decode_record(make_record(trajectory))
@@ -123,6 +123,7 @@ def _broken(change: str) -> trajectory_pb2.Trajectory:
         "token_ids": lambda: setattr(segment, "token_ids", segment.token_ids[:-1]),
         "negative id": lambda: setattr(segment, "token_ids", b"\xff" * 24),
         "mask length": lambda: setattr(segment, "loss_mask", b"\x01" * 5),
+        "mask first": lambda: setattr(segment, "loss_mask", b"\x01\x01\x01\x00\x00\x00"),
         "mask value": lambda: setattr(segment, "loss_mask", b"\x02" * 6),
         "logprobs length": lambda: setattr(segment, "logprobs", segment.logprobs[:-4]),
         "positive logprob": lambda: setattr(segment, "logprobs", np.float32([1, 1, 1]).tobytes()),
@@ -142,7 +143,7 @@ def _broken(change: str) -> trajectory_pb2.Trajectory:
 @pytest.mark.parametrize(
     "change",
     [
-        *("token_ids", "negative id", "mask length", "mask value", "logprobs length"),
+        *("token_ids", "negative id", "mask length", "mask first", "mask value", "logprobs length"),
         *("positive logprob", "nan logprob", "spans short", "spans empty", "turn segment"),
         *("turn range", "turn reward", "reward", "outcome"),
     ],

@@ -89,11 +89,20 @@ class ChatFormat:
 
     def neutralise(self, text: str) -> str:
         """Break special tokens in text from outside, so that it cannot open or close a turn."""
-        if "<" in text:
-            for token in self._special:
-                if token in text:
-                    text = text.replace(token, f"{token[0]} {token[1:]}")
+        for token in self._special:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
         return text.encode("utf-8", "replace").decode("utf-8")
+
+    def neutralise_all(self, value: Any) -> Any:
+        """Neutralise every string, keys included, of a value as JSON has it."""
+        if isinstance(value, str):
+            return self.neutralise(value)
+        if isinstance(value, Mapping):
+            return {self.neutralise(key): self.neutralise_all(v) for key, v in value.items()}
+        if isinstance(value, Sequence):
+            return [self.neutralise_all(item) for item in value]
+        return value
 
 
 def _read_template(folder: Path) -> str:

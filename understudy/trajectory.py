@@ -248,6 +248,8 @@ def _decode_segment(index: int, message: trajectory_pb2.Segment) -> Segment:
         raise TrajectoryError(
             "BAD_PAYLOAD", f"{where}.loss_mask: {len(mask)} values for {len(token_ids)} tokens"
         )
+    if mask[:1].any():
+        raise TrajectoryError("BAD_PAYLOAD", f"{where}.loss_mask: the first token has no prompt")
     num_sampled = int(mask.sum(dtype=np.int64))
     if len(logprobs) != num_sampled:
         raise TrajectoryError(

@@ -69,7 +69,7 @@ class Ledger:
     @property
     def can_lease(self) -> bool:
         """Whether there is a task to play."""
-        return bool(self._waiting) or self._may_issue
+        return not self.exhausted and (bool(self._waiting) or self._may_issue)
 
     @property
     def exhausted(self) -> bool:

@@ -1,11 +1,13 @@
 """Records: from an actor's envelope to a result of its task key."""
 
 import asyncio
+import json
 import logging
+from pathlib import Path
 
 from learner.intake.intake import Intake
 from learner.intake.tasks import Summary, TaskKey
-from understudy.trajectory import Trajectory, TrajectoryError, decode_record
+from understudy.trajectory import Segment, Trajectory, TrajectoryError, decode_record
 from understudy.v1 import trajectory_pb2
 
 _log = logging.getLogger(__name__)
@@ -25,6 +27,15 @@ def decode_stored(record: bytes) -> Trajectory:
     return decode_record(trajectory_pb2.TrajectoryRecord.FromString(record))
 
 
+def read_vocab_size(model: Path) -> int | None:
+    """Number of token ids that the model's config.json states; None if it states none."""
+    try:
+        settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        return int(settings["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class Inspector:
     """Looks into records and hands results to the intake."""
 
@@ -32,6 +43,7 @@ class Inspector:
         self._intake = intake
         self._tasks = intake.config.learner.tasks
         self._max_payload_bytes = max_payload_bytes
+        self._vocab_size = read_vocab_size(intake.config.model.path)
 
     async def take(self, record: trajectory_pb2.TrajectoryRecord) -> bool:
         """Take one record; False if its task key needs no result any more.
@@ -80,12 +92,26 @@ class Inspector:
             raise TrajectoryError(
                 "UNKNOWN_VERSION", f"versions {sorted(set(versions))}; published are 1 to {head}"
             )
+        for segment in trajectory.segments:
+            self._check_segment(segment)
         if record.outcome not in _DATA:  # a failed episode may not have got as far as its task
             return
         played = (trajectory.suite, trajectory.split, trajectory.task_ordinal)
         leased = (self._tasks.suite, self._tasks.split, self._intake.ledger.task_ordinal(key))
         if played != leased:
             raise TrajectoryError("BAD_PAYLOAD", f"task {played}; the leased one is {leased}")
+
+    def _check_segment(self, segment: Segment) -> None:
+        """What the trainer could not take: ids that its model lacks, more tokens than leased."""
+        length = len(segment.token_ids)
+        if length > self._tasks.max_tokens:
+            raise TrajectoryError(
+                "BAD_PAYLOAD", f"segment of {length} tokens; max_tokens is {self._tasks.max_tokens}"
+            )
+        if self._vocab_size and length and segment.token_ids.max() >= self._vocab_size:
+            raise TrajectoryError(
+                "BAD_PAYLOAD", f"token id {segment.token_ids.max()}; there are {self._vocab_size}"
+            )
 
 
 def summarize(trajectory: Trajectory) -> Summary:

@@ -126,10 +126,11 @@ class Stream:
         """Take records until the stream ends."""
         try:
             async for request in requests:
-                if not request.HasField("record"):
+                if not request.HasField("records"):
                     raise RefusedError("OUT_OF_ORDER", "after the hello come records only")
-                await self._take(request.record)
-                self._num_answers += 1
+                for record in request.records.records:
+                    await self._take(record)
+                    self._num_answers += 1
                 self.wake.set()
         finally:
             self.wake.set()

@@ -21,6 +21,7 @@ from learner.trainer.ranks import Ranks
 from learner.trainer.shards import ShardSlice, shard_slices
 from understudy.config import Config
 from understudy.errors import PeerUnreachableError
+from understudy.rpc import error_reason
 from understudy.trajectory import IntArray
 from understudy.v1 import weight_pb2, weight_pb2_grpc
 
@@ -54,13 +55,16 @@ class Publisher:
         self._ranks = ranks
         vocab_size = policy.language_model.config.vocab_size
         generator = np.random.default_rng(config.run.seed)
-        self._probe_tokens: IntArray = generator.integers(vocab_size, size=PROBE_TOKENS, dtype="i4")
+        # A replica reads the probe as a prompt, which has to be shorter than its context.
+        self._max_probe = min(MAX_PROBE_TOKENS, config.inference.max_model_len - 1)
+        num_tokens = min(PROBE_TOKENS, self._max_probe)
+        self._probe_tokens: IntArray = generator.integers(vocab_size, size=num_tokens, dtype="i4")
         self._probe_is_real = False
 
     def probe_with(self, samples: Sequence[TokenSequence]) -> None:
         """Take the first sequence that was really played as the probe from now on."""
         if samples and not self._probe_is_real:
-            self._probe_tokens = samples[0].token_ids[:MAX_PROBE_TOKENS]
+            self._probe_tokens = samples[0].token_ids[: self._max_probe]
             self._probe_is_real = True
 
     def publish(self, step: int) -> int:
@@ -129,7 +133,8 @@ class Publisher:
                 _messages(header, payload), timeout=PUBLISH_SECONDS
             )
         except grpc.RpcError as error:
-            if error.code() not in _TRANSIENT:
+            # PART_CONFLICT: the store has not noticed yet that the last attempt broke.
+            if error.code() not in _TRANSIENT and error_reason(error) != "PART_CONFLICT":
                 raise refused(error) from None
             _log.warning("step %d is not published yet: %s", header.step, error.details())
             return 0

@@ -30,6 +30,8 @@ from understudy.v1 import common_pb2, trajectory_pb2, trajectory_pb2_grpc
 _log = logging.getLogger(__name__)
 _RECONNECT_SECONDS = 0.5
 _SAY_SECONDS = 10.0
+_MESSAGE_RECORDS, _MESSAGE_BYTES = 64, 2**20
+"""Most that one message packs; a record above the bytes goes alone."""
 _PERMANENT = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 """Answers to a Hello that stay the same however often it is said."""
 
@@ -259,15 +261,27 @@ class Uplink:
         while True:
             async with self._changed:
                 await self._changed.wait_for(self._may_send)
-                record = self._records[self._num_sent]
-                if len(record.payload) > self._welcome.max_payload_bytes:
-                    self._replace_payload(record)
-                record.incarnation = self._welcome.incarnation
-                record.epoch = self._welcome.epoch
-                record.sequence = self._first_sequence + self._num_sent
-                self._num_sent += 1
-                self._bytes_sent += len(record.payload)
-            await call.write(trajectory_pb2.PushTrajectoriesRequest(record=record))
+                # One turn of a busy event loop sends all that is ready, not one record.
+                records = [self._take_next()]
+                size = len(records[0].payload)
+                while len(records) < _MESSAGE_RECORDS and self._may_send():
+                    size += len(self._records[self._num_sent].payload)
+                    if size > _MESSAGE_BYTES:
+                        break
+                    records.append(self._take_next())
+            packed = trajectory_pb2.TrajectoryRecords(records=records)
+            await call.write(trajectory_pb2.PushTrajectoriesRequest(records=packed))
+
+    def _take_next(self) -> trajectory_pb2.TrajectoryRecord:
+        record = self._records[self._num_sent]
+        if len(record.payload) > self._welcome.max_payload_bytes:
+            self._replace_payload(record)
+        record.incarnation = self._welcome.incarnation
+        record.epoch = self._welcome.epoch
+        record.sequence = self._first_sequence + self._num_sent
+        self._num_sent += 1
+        self._bytes_sent += len(record.payload)
+        return record
 
     def _replace_payload(self, record: trajectory_pb2.TrajectoryRecord) -> None:
         """A record that the learner would refuse for its size becomes a failed episode."""

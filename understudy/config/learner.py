@@ -26,7 +26,7 @@ class TasksConfig(Section):
     """Tasks a batch."""
     max_staleness: NonNegativeInt = 1
     """Most versions that a trained token may be behind; admission is derived from it."""
-    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Sampling temperature; the trainer divides logits by the same."""
     max_new_tokens: PositiveInt = 1024
     """Most tokens of one reply."""

@@ -35,6 +35,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 64 * MEBIBYTE),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),  # http_proxy is not meant for peers, least of all on loopback
 )
 
 
