@@ -18,7 +18,7 @@ from understudy.rpc import RoleControl, error_reason
 from understudy.v1 import trajectory_pb2
 
 _log = logging.getLogger(__name__)
-_GATHER_SECONDS = 0.005
+_GATHER_SECONDS = 0.002
 """Episodes that end within this time are replaced by one call."""
 _RETRY_SECONDS = 1.0
 _MAX_LEASES = 1024

@@ -167,6 +167,7 @@ class Demo:
     def _evaluate(self, supervisor: Supervisor, roles: LocalRoles, policy: str) -> None:
         """Play the same held-out tasks with the same seeds, sampled and greedy."""
         with self.progress.stage(f"evaluate {policy}"):
+            version = roles.wait_for_newest(self.progress.poll)
             for name, temperature in ((policy, 1.0), (f"{policy}_greedy", 0.0)):
                 out = self.run_path / f"eval-{name}.json"
                 roles.start(
@@ -177,7 +178,7 @@ class Demo:
                     ],
                 )
                 supervisor.wait("eval", self.progress.poll)
-                self.evaluations.read(name, out)
+                self.evaluations.read(name, out, version)
 
     def _run(
         self, supervisor: Supervisor, name: str, words: list[str], stdout: Path | None = None

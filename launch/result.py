@@ -11,6 +11,7 @@ import psutil
 from launch.progress import Progress
 from launch.tail import Tail
 from understudy.config import Config
+from understudy.errors import UnderstudyError
 
 
 class Evaluations:
@@ -19,9 +20,18 @@ class Evaluations:
     def __init__(self) -> None:
         self.results: dict[str, dict[str, Any]] = {}
 
-    def read(self, name: str, path: Path) -> None:
-        """Take the result that an evaluation wrote."""
-        self.results[name] = json.loads(path.read_text())
+    def read(self, name: str, path: Path, version: int) -> None:
+        """Take the result that an evaluation of one version wrote.
+
+        Raises:
+            UnderstudyError: when another version played.
+        """
+        result = json.loads(path.read_text())
+        if result["versions"] != [version]:
+            raise UnderstudyError(
+                f"{path}: versions {result['versions']} played, not {version}; start again"
+            )
+        self.results[name] = result
 
     def accuracies(self) -> dict[str, Any]:
         """Accuracy by policy: all, level1, level2, level3, each with ci95 and n."""

@@ -6,11 +6,15 @@ The trainer publishes the first weights, inference waits for them, actors wait f
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from understudy.config import Config
+from understudy.errors import PeerUnreachableError
+from understudy.rpc import open_sync_channel
 from understudy.supervisor import Supervisor
+from understudy.v1 import control_pb2, control_pb2_grpc
 
 
 def _nothing() -> None:
@@ -51,6 +55,29 @@ class LocalRoles:
         self.start("actor")
         self._supervisor.wait("trainer", each_poll)
         self._supervisor.stop("actor")
+
+    def wait_for_newest(self, each_poll: Callable[[], None] = _nothing) -> int:
+        """Wait until every replica serves the newest version, and return it.
+
+        Raises:
+            PeerUnreachableError: a replica stays behind; its log says why.
+        """
+        deadline = time.monotonic() + self._config.network.connect_timeout_seconds
+        with open_sync_channel(self._config.network.learner, self._config.network) as channel:
+            stub = control_pb2_grpc.ControlServiceStub(channel)
+            while True:
+                figures = stub.GetStatus(control_pb2.GetStatusRequest(), timeout=10).figures
+                version, served = figures["version"], figures["lowest_replica_version"]
+                if served == version > 0:
+                    return int(version)
+                if time.monotonic() > deadline:
+                    raise PeerUnreachableError(
+                        f"a replica serves version {served:.0f}, not the newest, {version:.0f}; "
+                        "see logs/inference.log"
+                    )
+                self._supervisor.check()
+                each_poll()
+                time.sleep(0.1)
 
     def _wait(self, name: str, address: str, each_poll: Callable[[], None]) -> None:
         # An engine takes its time to compile; the peers of a local run are watched meanwhile.

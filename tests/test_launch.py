@@ -13,7 +13,8 @@ from launch.result import Evaluations, collect_result
 from launch.roles import LocalRoles
 from launch.tail import Tail
 from processes import ANY_PORT, finish, read_until, started, understudy
-from understudy.config import Config, load_config, write_config
+from understudy.config import Config, load_config
+from understudy.errors import UnderstudyError, write_config
 from understudy.supervisor import ProcessEndedError, Supervisor
 
 # --- Tail ---
@@ -122,6 +123,7 @@ EVALUATION = {
     "tokens_mean": 101.234,
     "sampled_tokens_mean": 30.0,
     "turns_mean": 2.5,
+    "versions": [3],
 }
 
 
@@ -145,7 +147,7 @@ def test_a_run_is_put_into_numbers(tmp_path: Path, config: Config) -> None:
     evaluations = Evaluations()
     for name in ("base", "trained"):
         (tmp_path / f"{name}.json").write_text(json.dumps(EVALUATION))
-        evaluations.read(name, tmp_path / f"{name}.json")
+        evaluations.read(name, tmp_path / f"{name}.json", version=3)
     progress = Progress({})
     progress.seconds["reinforce"] = 12.5
     result = collect_result(tmp_path, evaluations, progress, config, interrupted=False)
@@ -158,6 +160,13 @@ def test_a_run_is_put_into_numbers(tmp_path: Path, config: Config) -> None:
     assert result["token_budget"]["trained"]["tokens_mean"] == 101.23
     assert result["wall_seconds"]["reinforce"] == 12.5
     assert result["machine"]["cores"] >= 1
+
+
+def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trained.json"
+    path.write_text(json.dumps(EVALUATION))
+    with pytest.raises(UnderstudyError, match=r"versions \[3\] played, not 4"):
+        Evaluations().read("trained", path, version=4)
 
 
 def test_a_run_that_was_interrupted_early_has_a_result_too(tmp_path: Path, config: Config) -> None:
