@@ -13,8 +13,8 @@ from launch.result import Evaluations, collect_result
 from launch.roles import LocalRoles
 from launch.tail import Tail
 from processes import ANY_PORT, finish, read_until, started, understudy
-from understudy.config import Config, load_config
-from understudy.errors import UnderstudyError, write_config
+from understudy.config import Config, load_config, write_config
+from understudy.errors import UnderstudyError
 from understudy.supervisor import ProcessEndedError, Supervisor
 
 # --- Tail ---
