@@ -23,10 +23,10 @@ TASKS_PER_EVALUATION = 600
 EXPECTED_SECONDS = {
     "demonstrations": 12.0,
     "model": 10.0,
-    "warmup": 200.0,
+    "warmup": 130.0,
     "start": 40.0,
     "evaluate base": 25.0,
-    "reinforce": 300.0,
+    "reinforce": 330.0,
     "evaluate trained": 25.0,
     "report": 4.0,
 }
