@@ -6,6 +6,7 @@ import torch
 
 from learner.trainer.advantages import group_advantages
 from learner.trainer.losses.grpo import grpo
+from learner.trainer.losses.kl import kl_values, reverse_kl
 
 CLIP_LOW, CLIP_HIGH, CAP = 0.2, 0.28, 2.0
 NUM_TOKENS = 200
@@ -105,3 +106,48 @@ def test_advantages_are_rewards_in_deviations_from_their_mean() -> None:
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
 def test_uniform_group_has_no_advantage(reward: float) -> None:
     np.testing.assert_allclose(group_advantages([reward] * 8), 0, atol=1e-9)
+
+
+def test_kl_loss_has_the_gradient_of_the_divergence() -> None:
+    """Over all tokens of a small vocabulary, each weighted by its probability."""
+    generator = torch.Generator().manual_seed(3)
+    logits, reference = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+    logits.requires_grad_()
+    probabilities = torch.softmax(logits, 0)
+    difference = torch.log_softmax(logits, 0) - torch.log_softmax(reference, 0)
+    (exact,) = torch.autograd.grad((probabilities * difference).sum(), logits)
+    losses = reverse_kl(
+        logprobs=torch.log_softmax(logits, 0),
+        reference_logprobs=torch.log_softmax(reference, 0),
+        weights=torch.ones(7, dtype=torch.float64),
+    )
+    (found,) = torch.autograd.grad((probabilities.detach() * losses).sum(), logits)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_kl_weights_correct_for_the_sampling_policy() -> None:
+    """Tokens of another policy, weighted by pi / mu, give the same gradient."""
+    generator = torch.Generator().manual_seed(4)
+    logits, reference, other = torch.randn(3, 7, dtype=torch.float64, generator=generator)
+    logits.requires_grad_()
+    pi, mu = torch.softmax(logits.detach(), 0), torch.softmax(other, 0)
+
+    def gradient(weights: torch.Tensor, sampling: torch.Tensor) -> torch.Tensor:
+        losses = reverse_kl(
+            logprobs=torch.log_softmax(logits, 0),
+            reference_logprobs=torch.log_softmax(reference, 0),
+            weights=weights,
+        )
+        return torch.autograd.grad((sampling * losses).sum(), logits)[0]
+
+    torch.testing.assert_close(gradient(pi / mu, mu), gradient(torch.ones_like(pi), pi))
+
+
+def test_kl_estimate_is_the_divergence_in_the_mean() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits, other = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+    pi = torch.softmax(logits, 0)
+    log_ratio = torch.log_softmax(other, 0) - torch.log_softmax(logits, 0)
+    values = kl_values(log_ratio)
+    assert (values >= 0).all()
+    torch.testing.assert_close((pi * values).sum(), -(pi * log_ratio).sum())

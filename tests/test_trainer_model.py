@@ -1,8 +1,10 @@
 """The policy's log-probabilities against transformers' own logits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from learner.trainer import logprobs as logprobs_module
 from learner.trainer.logprobs import chosen_logprobs
 from learner.trainer.microbatches import pad
-from learner.trainer.model import Policy, frozen_logprobs, load_policy
+from learner.trainer.model import Policy, frozen_logprobs, load_policy, load_reference
 from learner.trainer.optimizer import Optimizer, cosine, warmed_up
 from learner.trainer.ranks import Ranks, joined
 from learner.trainer.report import Clock
@@ -82,16 +84,44 @@ def test_a_batch_in_several_updates_clips_the_later_ones(policy: Policy, ranks: 
     made = samples(12, policy.language_model.config.vocab_size)
     header = batch_pb2.BatchHeader(num_sampled_tokens=sum(s.num_targets for s in made))
     optimizer = Optimizer(list(policy.parameters()), config.learner.train)
-    figures = Updater(policy, optimizer, config, ranks).update(made, header, 1, Clock())
+    figures = Updater(policy, optimizer, None, config, ranks).update(made, header, 1, Clock())
     assert figures["trained_tokens"] == header.num_sampled_tokens
     assert figures["clip_share"] > 0
+
+
+def test_the_kl_term_pulls_back_to_the_reference(folder: Path, ranks: Ranks) -> None:
+    """Without advantages the term is all that acts: the distance from the reference shrinks."""
+    train = {"kl_coefficient": 1.0, "learning_rate": 1e-3, "warmup_steps": 0}
+    raw = {"model": {"path": str(folder), "dtype": "float32"}, "learner": {"train": train}}
+    config = Config.model_validate(raw)
+    policy = load_policy(folder, "float32", "sdpa", ranks)
+    made = [
+        replace(sample, advantage=0.0)
+        for sample in samples(12, policy.language_model.config.vocab_size)
+    ]
+    header = batch_pb2.BatchHeader(num_sampled_tokens=sum(s.num_targets for s in made))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.to_local().add_(torch.randn_like(parameter.to_local()), alpha=0.02)
+    current = frozen_logprobs(policy, pad(made, torch.device("cpu"))).numpy()
+    ends = np.cumsum([sample.num_targets for sample in made])[:-1]
+    made = [
+        replace(sample, behaviour_logprobs=logprobs)
+        for sample, logprobs in zip(made, np.split(current, ends), strict=True)
+    ]
+    optimizer = Optimizer(list(policy.parameters()), config.learner.train)
+    updater = Updater(policy, optimizer, load_reference(config, ranks), config, ranks)
+    distances = [updater.update(made, header, 1, Clock())["kl_reference"] for _ in range(20)]
+    assert distances[0] > 0.01
+    assert distances[-1] < 0.5 * distances[0]
 
 
 def test_a_batch_of_uniform_groups_changes_nothing(policy: Policy, ranks: Ranks) -> None:
     config = Config.model_validate({"model": {"path": "unused"}})
     optimizer = Optimizer(list(policy.parameters()), config.learner.train)
     before = [p.detach().to_local().clone() for p in policy.parameters()]
-    updater = Updater(policy, optimizer, config, ranks)
+    updater = Updater(policy, optimizer, None, config, ranks)
     figures = updater.update([], batch_pb2.BatchHeader(), 1, Clock())
     assert figures["trained_tokens"] == 0
     for old, parameter in zip(before, policy.parameters(), strict=True):

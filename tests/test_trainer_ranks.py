@@ -46,7 +46,7 @@ def two_steps(bundle: Path, out: Path, ranks: Ranks) -> None:
     # The shares differ in size, and with them the ranks' numbers of micro-batches.
     share = made[:9] if ranks.rank == 0 and ranks.world_size == 2 else made[9:]
     share = made if ranks.world_size == 1 else share
-    figures = Updater(policy, optimizer, config, ranks).update(share, header, 1, Clock())
+    figures = Updater(policy, optimizer, None, config, ranks).update(share, header, 1, Clock())
     slices = {f"{s.name}@{s.start}": s.values.numpy() for s in shard_slices(policy, ranks)}
     np.savez(out / f"shard{ranks.rank}.npz", **slices)
     save_model(policy, bundle, out / "model", "float32", ranks)

@@ -111,6 +111,12 @@ def _health(steps: list[Line], replicas: list[Line]) -> list[Chart | None]:
             steps,
             {"kl": "KL", "kl_behaviour": "KL"},
         ),
+        _lines(
+            "KL divergence from the base",
+            "Learner's policy from the one that the run began with, in nats a token.",
+            steps,
+            {"kl_reference": "KL"},
+        ),
         _lines("Entropy", "Of sampled tokens, in nats.", steps, {"entropy": "entropy"}),
         _lines("Gradient norm", "Before clipping.", steps, {"grad_norm": "norm"}),
         _lines("Loss", "It need not fall.", steps, {"loss": "loss"}),

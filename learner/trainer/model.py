@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from learner.trainer.logprobs import chosen_logprobs
 from learner.trainer.microbatches import Microbatch
 from learner.trainer.ranks import Ranks
+from understudy.config import Config
 from understudy.errors import ConfigError
 
 _PREFIX = "language_model."
@@ -98,6 +99,21 @@ def frozen_logprobs(policy: Policy, micro: Microbatch[Any], temperature: float =
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    return logprobs_N
+
+
+def load_reference(config: Config, ranks: Ranks) -> Policy | None:
+    """The model that the run began with, without gradients, if the loss has a term for it."""
+    if not config.learner.train.kl_coefficient:
+        return None
+    policy = load_policy(config.model.path, config.model.dtype, config.learner.attention, ranks)
+    return policy.requires_grad_(False)
+
+
+@torch.no_grad()
+def reference_logprobs(reference: Policy, micro: Microbatch[Any], temperature: float) -> Tensor:
+    """Log-probabilities [N] of a policy that never changes; it stays gathered on CPUs."""
+    logprobs_N: Tensor = reference(micro, temperature)
     return logprobs_N
 
 

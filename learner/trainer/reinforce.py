@@ -14,7 +14,7 @@ from learner.trainer.checkpoint import save_model
 from learner.trainer.epoch import next_epoch
 from learner.trainer.experience import samples_of
 from learner.trainer.intake_client import IntakeClient
-from learner.trainer.model import load_policy
+from learner.trainer.model import load_policy, load_reference
 from learner.trainer.optimizer import Optimizer
 from learner.trainer.publish import Publisher
 from learner.trainer.ranks import Ranks
@@ -28,7 +28,7 @@ def train_reinforce(config: Config, ranks: Ranks) -> None:
     """Take steps until the configured number or the run's last batch, and save the model."""
     policy = load_policy(config.model.path, config.model.dtype, config.learner.attention, ranks)
     optimizer = Optimizer(list(policy.parameters()), config.learner.train)
-    updater = Updater(policy, optimizer, config, ranks)
+    updater = Updater(policy, optimizer, load_reference(config, ranks), config, ranks)
     if ranks.rank == 0:
         metrics.start_exporter(
             config.learner.trainer_metrics_listen, "trainer", "learner.trainer_metrics_listen"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learner.trainer.experience import Sample
 from learner.trainer.losses.grpo import GrpoTokens
+from learner.trainer.losses.kl import kl_values
 from learner.trainer.microbatches import Microbatch, padding_share
 from learner.trainer.ranks import Ranks
 from understudy import metrics
@@ -30,6 +31,8 @@ _SUMS = (
     "staleness",
     "current_tokens",
     "difference",
+    "kl_reference",
+    "reference_tokens",
 )
 _LARGEST = ("importance", "difference")
 
@@ -93,7 +96,7 @@ class TokenSums:
             "trained_tokens": torch.ones_like(log_ratio),
             "loss": tokens.losses,
             "logprobs": old_logprobs,
-            "kl": log_ratio.exp() - 1 - log_ratio,
+            "kl": kl_values(log_ratio),
             "clipped": tokens.clipped,
             "importance": tokens.importance,
             "importance_squared": tokens.importance.square(),
@@ -106,6 +109,13 @@ class TokenSums:
         self._sums["staleness"] += float((self._head_version - versions).sum())
         for name in _LARGEST:
             self._largest[name] = max(self._largest[name], float(values[name].max()))
+
+    @torch.no_grad()
+    def add_reference(self, old_logprobs: Tensor, reference_logprobs: Tensor) -> None:
+        """Add the distance from the reference policy on N tokens; log-probabilities are [N]."""
+        values = kl_values(reference_logprobs - old_logprobs)
+        self._sums["kl_reference"] += float(values.sum(dtype=torch.float64))
+        self._sums["reference_tokens"] += len(values)
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
         """Means and shares over all ranks' tokens, by metric name. Every rank calls it."""
@@ -132,6 +142,8 @@ class TokenSums:
         if sums["current_tokens"]:
             figures["logprob_difference_mean"] = sums["difference"] / sums["current_tokens"]
             figures["logprob_difference_max"] = largest["difference"]
+        if sums["reference_tokens"]:
+            figures["kl_reference"] = sums["kl_reference"] / sums["reference_tokens"]
         return figures
 
 

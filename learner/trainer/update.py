@@ -8,8 +8,14 @@ from torch import Tensor
 
 from learner.trainer.experience import Sample
 from learner.trainer.losses.grpo import grpo
+from learner.trainer.losses.kl import reverse_kl
 from learner.trainer.microbatches import Microbatch, cut, microbatches
-from learner.trainer.model import Policy, defer_gradients, frozen_logprobs
+from learner.trainer.model import (
+    Policy,
+    defer_gradients,
+    frozen_logprobs,
+    reference_logprobs,
+)
 from learner.trainer.optimizer import Optimizer, warmed_up
 from learner.trainer.ranks import Ranks
 from learner.trainer.report import Clock, TokenSums
@@ -18,10 +24,26 @@ from understudy.v1 import batch_pb2
 
 
 class Updater:
-    """Takes batches, changes the policy. All ranks call it together."""
+    """Takes batches, changes the policy. All ranks call it together.
 
-    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ranks: Ranks) -> None:
+    Args:
+        policy: what learns.
+        optimizer: of its parameters.
+        reference: policy that it must stay near, or None where nothing holds it.
+        config: the run's.
+        ranks: all trainer ranks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: Optimizer,
+        reference: Policy | None,
+        config: Config,
+        ranks: Ranks,
+    ) -> None:
         self._policy = policy
+        self._reference = reference
         self._optimizer = optimizer
         self._config = config.learner.train
         self._temperature = config.learner.tasks.temperature
@@ -103,8 +125,17 @@ class Updater:
                 clip_high=self._config.clip_high,
                 importance_cap=self._config.importance_cap,
             )
+            losses = tokens.losses
+            if self._reference is not None:
+                reference = reference_logprobs(self._reference, micro, self._temperature)
+                losses = losses + self._config.kl_coefficient * reverse_kl(
+                    logprobs=logprobs,
+                    reference_logprobs=reference,
+                    weights=tokens.importance.clamp(max=self._config.importance_cap),
+                )
+                sums.add_reference(old_logprobs, reference)
             # FSDP takes the mean of gradients over the ranks; the loss is a sum over them.
-            (tokens.losses.sum() * self._ranks.world_size / num_tokens).backward()
+            (losses.sum() * self._ranks.world_size / num_tokens).backward()
             sums.add(micro, tokens, old_logprobs, behaviour, self._config.importance_cap)
 
     def _column(self, values: Sequence[np.ndarray]) -> Tensor:

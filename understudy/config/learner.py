@@ -98,6 +98,8 @@ class TrainConfig(Section):
     """Upper clip of the policy ratio: 1 + clip_high."""
     importance_cap: Positive = 2.0
     """Cap of the token-level importance weight against the recorded behaviour policy."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the model that the run began with; 0 leaves it out."""
     updates_per_batch: PositiveInt = 1
     """Optimizer steps that one batch is divided into."""
     tokens_per_microbatch: PositiveInt = 16_384
