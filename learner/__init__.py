@@ -1,1 +1,2 @@
-"""The learner: the intake process (`learner.intake`) and the trainer ranks (`learner.trainer`)."""
+"""The learner: the intake process (`intake`), its durable log (`log`), the trainer ranks (`trainer`);
+`audit`, `export` and `replay` work from the log of a run alone."""

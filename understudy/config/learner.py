@@ -106,6 +106,20 @@ class TrainConfig(Section):
     """Padded tokens of one forward pass."""
 
 
+class LogConfig(Section):
+    """[learner.log]: the run's log of trajectories and ledger events."""
+
+    segment_bytes: PositiveInt = 64 * 2**20
+    """Size at which a segment is sealed and the next begins."""
+    buffer_bytes: PositiveInt = 64 * 2**20
+    """Most payload bytes in memory that are not on the disk yet; credits are shares of it."""
+    quota_bytes: PositiveInt = 256 * 2**30
+    """Most bytes on the disk; at the quota, actors get no credits until there is room."""
+    retention: Literal["all", "checkpoint"] = "all"
+    """Payloads that are kept: all, so that the run can be replayed, or those that a trainer may
+    still ask for after a restart from the oldest checkpoint. Events are kept for ever."""
+
+
 class LearnerConfig(ProcessConfig):
     """[learner]: intake and trainer."""
 
@@ -128,10 +142,13 @@ class LearnerConfig(ProcessConfig):
     """Times that torchrun restarts a trainer that died."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of the trainer's model."""
-    store_bytes: PositiveInt = 2 * 2**30
-    """Trajectory payload bytes that the intake holds; credits are granted within it."""
+    checkpoint_every_steps: NonNegativeInt = 10
+    """Save a checkpoint, from which a run resumes, every so many steps; 0 saves none."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints that are kept; older ones are deleted once a newer one is durable."""
     save_every_steps: NonNegativeInt = 0
-    """Save the model every so many steps; 0 saves at the end only."""
+    """Save the model, as a Hugging Face folder, every so many steps; 0 saves it at the end only."""
+    log: LogConfig = LogConfig()
     tasks: TasksConfig = TasksConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     train: TrainConfig = TrainConfig()
