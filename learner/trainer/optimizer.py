@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from understudy.config import TrainConfig
@@ -17,6 +17,8 @@ class Optimizer:
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainConfig) -> None:
         self._parameters = list(parameters)
         self._max_grad_norm = config.max_grad_norm
+        self.betas = config.betas
+        self.weight_decay = config.weight_decay
         self._adamw = torch.optim.AdamW(
             self._parameters,
             lr=0.0,
@@ -40,6 +42,20 @@ class Optimizer:
         self._adamw.step()
         self._adamw.zero_grad()
         return value
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of a parameter; before the first step, what that would begin with.
+
+        Returns:
+            `exp_avg` and `exp_avg_sq`, sharded as the parameter is, and the scalar `step`. They are
+            the tensors that AdamW uses: what is written into them counts.
+        """
+        state: dict[str, Tensor] = self._adamw.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        return state
 
 
 def warmed_up(step: int, peak: float, warmup_steps: int) -> float:
