@@ -5,6 +5,7 @@ demonstrations -> small Qwen3 from scratch -> supervised warm-up   (kept; a seco
 """
 
 import logging
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ RESERVE_SECONDS = sum(
 )
 
 RESULTS = ("metrics.jsonl", "samples.jsonl", "eval-*.json", "result.json", "report.html")
-"""What a demo of the same name has left, by pattern."""
+RUN_FOLDERS = ("log", "checkpoints", "model")
+"""What a demo of the same name has left: files by pattern, and folders. It begins anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class Demo:
         for pattern in RESULTS:
             for stale in self.run_path.glob(pattern):
                 stale.unlink()
+        for name in RUN_FOLDERS:
+            shutil.rmtree(self.run_path / name, ignore_errors=True)
 
     def run(self, supervisor: Supervisor) -> None:
         """All stages in order."""

@@ -54,6 +54,8 @@ class Progress:
         """Time a stage and show the JSON lines that it writes to `follow`."""
         self._stage, self._stage_start = name, time.monotonic()
         self._tail = Tail(follow) if follow else None
+        if self._tail:
+            self._tail.new_lines()  # of a run that is taken up
         self._share_done, self._num_steps, self._steps = None, num_steps, []
         self._show(force=True)
         try:
@@ -87,7 +89,8 @@ class Progress:
             }
         elif line.get("kind") == "step":
             self._steps.append(line)
-            self._share_done = (line["step"] + 1) / max(self._num_steps, 1)
+            first = self._steps[0]["step"]  # not 0 in a run that was taken up
+            self._share_done = (line["step"] + 1 - first) / max(self._num_steps - first, 1)
             self._figures = _step_figures(self._steps[-_RECENT_STEPS:], self._num_steps)
 
     def _show(self, force: bool) -> None:

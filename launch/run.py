@@ -5,7 +5,6 @@ import logging
 from launch.progress import Progress
 from launch.roles import LocalRoles
 from understudy.config import Config, write_config
-from understudy.errors import ConfigError
 from understudy.supervisor import Supervisor, interrupted_code
 
 _log = logging.getLogger(__name__)
@@ -14,16 +13,12 @@ _log = logging.getLogger(__name__)
 def run_local(config: Config) -> int:
     """Start all roles, train to the end or to Ctrl-C, end all roles. Returns the exit code.
 
-    Raises:
-        ConfigError: the run was trained before; there is no way to go on with it.
+    A run that was begun before goes on from its newest checkpoint.
     """
     run_path = config.run.path
+    if (run_path / "log").exists():
+        _log.info("%s holds a run already; going on with it", run_path)
     metrics = run_path / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size:
-        raise ConfigError(
-            f"run.name = {config.run.name!r}: {run_path} holds a run already, and a run cannot be "
-            "resumed; choose another name, or delete the folder"
-        )
     config_file = write_config(config, run_path)
     try:
         with Supervisor(run_path / "logs") as supervisor, Progress({}) as progress:

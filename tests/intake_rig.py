@@ -12,7 +12,7 @@ import numpy as np
 
 from learner.intake.server import IntakeServer
 from understudy.config import Config, ModelConfig, NetworkConfig, RunConfig
-from understudy.config.learner import LearnerConfig, TasksConfig, TrainConfig
+from understudy.config.learner import LearnerConfig, LogConfig, TasksConfig, TrainConfig
 from understudy.rpc import open_channel
 from understudy.trajectory import Segment, Trajectory, Turn, VersionSpan, encode_trajectory
 from understudy.v1 import (
@@ -36,8 +36,8 @@ def make_config(
     *,
     steps: int = 4,
     max_seconds: float | None = None,
-    store_bytes: int = 2**26,
     seed: int = 0,
+    log: dict[str, Any] | None = None,
     **tasks: Any,
 ) -> Config:
     """A run of two groups of two a batch, unless told otherwise."""
@@ -54,7 +54,7 @@ def make_config(
         learner=LearnerConfig(
             listen="127.0.0.1:0",
             metrics_listen="127.0.0.1:0",
-            store_bytes=store_bytes,
+            log=LogConfig(**(log or {})),
             tasks=TasksConfig(**shape),
             train=TrainConfig(steps=steps, max_seconds=max_seconds),
         ),
@@ -174,6 +174,8 @@ class Rig:
     def __init__(self, server: IntakeServer, channel: grpc.aio.Channel) -> None:
         self.server = server
         self.intake = server.intake
+        self.epoch = 0
+        """Of the trainer that this rig plays."""
         self.tasks = task_pb2_grpc.TaskServiceStub(channel)
         self.trajectories = trajectory_pb2_grpc.TrajectoryServiceStub(channel)
         self.batches = batch_pb2_grpc.BatchServiceStub(channel)
@@ -209,17 +211,34 @@ class Rig:
     async def batch(
         self, step: int, rank: int = 0, world_size: int = 1, timeout: float = 5.0
     ) -> tuple[batch_pb2.BatchHeader, list[batch_pb2.BatchTrajectory]]:
-        request = batch_pb2.NextBatchRequest(step=step, rank=rank, world_size=world_size)
+        request = batch_pb2.NextBatchRequest(
+            step=step, rank=rank, world_size=world_size, epoch=self.epoch
+        )
         responses = [r async for r in self.batches.NextBatch(request, timeout=timeout)]
         return responses[0].header, [response.trajectory for response in responses[1:]]
 
     async def complete(self, step: int, **metrics: float) -> None:
         await self.batches.CompleteStep(
-            batch_pb2.CompleteStepRequest(step=step, metrics=metrics), timeout=5
+            batch_pb2.CompleteStepRequest(step=step, metrics=metrics, epoch=self.epoch), timeout=5
         )
+
+    async def train(self, step: int = 0) -> int:
+        """Start as a trainer with so many steps behind it; returns the epoch."""
+        digest = self.intake.state.ledger_digests[step]
+        request = batch_pb2.StartTrainingRequest(run_id="run", step=step, ledger_digest=digest)
+        self.epoch = (await self.batches.StartTraining(request, timeout=5)).epoch
+        return self.epoch
+
+    async def checkpoint(self, step: int, oldest_kept_step: int = 0) -> None:
+        """Say that a checkpoint is durable."""
+        request = batch_pb2.RecordCheckpointRequest(
+            step=step, oldest_kept_step=oldest_kept_step, epoch=self.epoch
+        )
+        await self.batches.RecordCheckpoint(request, timeout=5)
 
     async def publish(self, step: int = 0, **fields: Any) -> int:
         """Publish a small version in one part."""
+        fields.setdefault("epoch", self.epoch)
         return await self.publish_part(*make_part({"w": np.ones(4, np.float32)}, step, **fields))
 
     async def publish_part(
@@ -278,14 +297,17 @@ def make_part(
 
 @contextlib.asynccontextmanager
 async def running(config: Config, version: bool = True) -> AsyncIterator[Rig]:
-    """Serve an intake; with its first version published unless told otherwise."""
-    server = IntakeServer(config)
+    """Serve an intake, with a trainer started at the last completed step and, unless told
+    otherwise, a version published."""
+    server = await IntakeServer.open(config)
     port = await server.start()
     channel = open_channel(f"127.0.0.1:{port}", NetworkConfig())
     try:
         rig = Rig(server, channel)
+        step = server.intake.state.num_completed
+        await rig.train(step)
         if version:
-            await rig.publish()
+            await rig.publish(step)
         yield rig
     finally:
         await channel.close()

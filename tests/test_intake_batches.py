@@ -83,7 +83,7 @@ async def test_shares_are_disjoint_complete_and_balanced(tmp_path: Path, world_s
 
 def rig_tokens(rig: Rig, item: batch_pb2.BatchTrajectory) -> int:
     key = (item.record.task_key.ordinal, item.record.task_key.sample_index)
-    batch = rig.intake._batches[0]
+    batch = rig.intake.state.batches[0]
     return next(i.summary.num_tokens for i in batch.episodes if tuple(i.key) == key)
 
 
@@ -99,7 +99,11 @@ async def test_steps_out_of_order_and_wrong_ranks_are_refused(tmp_path: Path) ->
         await rig.batch(0, rank=1, world_size=2)
         await rig.complete(0)
         await rig.complete(0)
-        assert await reason_of(rig.batch(0, rank=0, world_size=2)) == "STEP_OUT_OF_ORDER"
+        # Until a checkpoint has it behind itself, a completed step can be asked for again.
+        await rig.batch(0, rank=0, world_size=1)
+        await rig.checkpoint(1, oldest_kept_step=1)
+        assert await reason_of(rig.batch(0, rank=0, world_size=1)) == "STEP_OUT_OF_ORDER"
+        assert await reason_of(rig.checkpoint(2)) == "STEP_OUT_OF_ORDER"
 
 
 async def test_uniform_groups_are_dropped_but_listed(tmp_path: Path) -> None:
@@ -143,16 +147,18 @@ async def test_shuffled_rewards_are_the_same_rewards(tmp_path: Path) -> None:
 async def test_stale_trajectories_are_replaced_before_the_batch_closes(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_staleness=0)
     async with running(config) as rig:
+        await rig.play(await rig.lease())
+        await rig.batch(0)
+        await rig.complete(0)
+        await rig.publish(1)
         leases = await rig.lease()
-        await rig.play(leases[:2])
-        await rig.publish(0)  # a restarted trainer: version 2, still step 0
-        assert rig.intake.balance().dropped == {"stale": 2}
-        await rig.play(leases[2:], versions=(1, 2))
-        assert rig.intake.balance().dropped == {"stale": 3, "short_group": 1}
+        await rig.play(leases[:1], versions=(2,))
+        await rig.play(leases[1:2], versions=(1, 2))  # a replica that was too slow
+        assert rig.intake.balance().dropped == {"stale": 1, "short_group": 1}
         replacements = await rig.lease()
         assert {lease.min_version for lease in replacements} == {2}
-        await rig.play(replacements, versions=(2,))
-        header, items = await rig.batch(0)
+        await rig.play([*leases[2:], *replacements], versions=(2,))
+        header, items = await rig.batch(1)
         assert header.head_version == 2
         assert len(items) == 4
 
@@ -212,7 +218,6 @@ async def test_a_step_is_journaled(tmp_path: Path) -> None:
         assert [line["step"] for line in samples] == [0, 0, 1, 1]
         assert [line["reward"] for line in samples[:2]] == [1.0, 0.0]
         assert samples[0]["segments"][0]["token_ids"] == list(range(12))
-        assert rig.intake.store.num_bytes == 0
 
 
 async def test_a_stop_ends_the_wait_for_a_batch(tmp_path: Path) -> None:

@@ -11,30 +11,40 @@ import pytest
 from conftest import ROOT
 from intake_rig import make_config, running
 from learner.intake.credits import MAX_STREAM_BYTES, Grant, Window, grant
-from learner.intake.epoch import raise_epoch
 from learner.intake.refusals import RefusedError
 from learner.intake.server import IntakeServer
+from learner.log.reader import LogReader
 from understudy.errors import ConfigError
 
 
-def test_the_epoch_rises_at_each_start(tmp_path: Path) -> None:
-    assert [raise_epoch(tmp_path / "run") for _ in range(3)] == [1, 2, 3]
-    assert (tmp_path / "run" / "epoch").read_text() == "3\n"
-    (tmp_path / "run" / "epoch").write_text("three")
-    with pytest.raises(ConfigError, match="holds no epoch"):
-        raise_epoch(tmp_path / "run")
+async def test_the_epoch_rises_at_each_start(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    for epoch in (1, 2, 3):
+        async with running(config, version=False) as rig:
+            assert rig.intake.state.epoch == epoch
+
+
+async def test_a_second_intake_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    async with running(config):
+        with pytest.raises(ConfigError, match="another intake"):
+            await IntakeServer.open(config)
 
 
 async def test_a_port_in_use_and_a_missing_model_are_named(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     async with running(config, version=False) as rig:
         taken = {"listen": f"127.0.0.1:{rig.server._server.port}"}
-        second = config.model_copy(update={"learner": config.learner.model_copy(update=taken)})
+        other = config.run.model_copy(update={"name": "other"})
+        learner = config.learner.model_copy(update=taken)
+        second = config.model_copy(update={"learner": learner, "run": other})
+        server = await IntakeServer.open(second)
         with pytest.raises(ConfigError, match="learner.listen"):
-            await IntakeServer(second).start()
+            await server.start()
+        await server.stop()
     (config.model.path / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"model\.path"):
-        IntakeServer(config)
+        await IntakeServer.open(config)
 
 
 async def test_the_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
@@ -53,7 +63,8 @@ async def test_the_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> No
             assert process.returncode is None
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
-    assert (tmp_path / "runs" / "run" / "epoch").read_text() == "1\n"
+    events = [entry.WhichOneof("event") for entry, _ in LogReader(tmp_path / "runs/run/log")]
+    assert events == ["segment_opened", "intake_started"]
 
 
 def test_credits_share_the_room_of_the_store() -> None:

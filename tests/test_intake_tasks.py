@@ -202,25 +202,26 @@ async def test_wrong_envelopes_end_the_stream(tmp_path: Path, field: str, reason
         assert rig.intake.balance().figures()["stored"] == 1
 
 
-async def test_credits_shrink_with_the_store_and_come_back(tmp_path: Path) -> None:
-    config = make_config(tmp_path, store_bytes=12_000, groups_per_batch=1)
+SMALL_DISK = {"quota_bytes": 12_000, "segment_bytes": 4096, "retention": "checkpoint"}
+
+
+async def test_credits_end_with_the_quota_and_come_back(tmp_path: Path) -> None:
+    config = make_config(tmp_path, log=SMALL_DISK, groups_per_batch=1)
     async with running(config) as rig:
         leases = await rig.lease()
-        async with rig.pusher() as pusher:
-            assert pusher.welcome.credits.payload_bytes == 12_000
-            for lease in leases[:2]:
-                await pusher.send(make_record(lease, trajectory(lease, num_tokens=4000)))
-                await pusher.acked()
-            assert rig.intake.free_bytes == 0
-            async with rig.pusher(actor_id="late") as late:
-                assert late.welcome.credits == trajectory_pb2.Credits()
-                await rig.batch(0)
-                await rig.complete(0)
-                assert (await late.read()).ack.credits.records > 0
+        for lease in leases[:2]:
+            await rig.play([lease], num_tokens=4000)
+        assert rig.intake.log.throttled == "quota"
+        async with rig.pusher(actor_id="late") as late:
+            assert late.welcome.credits == trajectory_pb2.Credits()
+            await rig.batch(0)
+            await rig.complete(0)
+            await rig.checkpoint(1, oldest_kept_step=1)
+            assert (await late.read()).ack.credits.records > 0
 
 
 async def test_more_than_the_credits_is_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path, store_bytes=12_000, groups_per_batch=1)
+    config = make_config(tmp_path, log=SMALL_DISK, groups_per_batch=1)
     async with running(config) as rig:
         leases = await rig.lease()
         for lease in leases[:2]:
@@ -262,7 +263,7 @@ def spoil(record: trajectory_pb2.TrajectoryRecord, how: str) -> None:
     ],
 )
 async def test_bad_records_are_rejected_by_name(tmp_path: Path, how: str, reason: str) -> None:
-    async with running(make_config(tmp_path, store_bytes=16_000, max_attempts=1)) as rig:
+    async with running(make_config(tmp_path, log={"buffer_bytes": 16_000}, max_attempts=1)) as rig:
         bad, _, good, *_ = await rig.lease()
         record = make_record(bad, trajectory(bad))
         spoil(record, how)

@@ -8,20 +8,7 @@ import pytest
 
 from conftest import ROOT
 from launch.demo import Demo, DemoPlan
-from launch.run import run_local
 from processes import ANY_PORT, finish, started, understudy
-from understudy.config import Config, ModelConfig, RunConfig
-from understudy.errors import ConfigError
-
-
-def test_a_run_that_was_trained_is_not_trained_over(tmp_path: Path) -> None:
-    config = Config(model=ModelConfig(path=tmp_path), run=RunConfig(name="r", directory=tmp_path))
-    journal = tmp_path / "r" / "metrics.jsonl"
-    journal.parent.mkdir()
-    journal.write_text('{"kind": "version"}\n')
-    with pytest.raises(ConfigError, match=r"run\.name = 'r': .*/r holds a run already.*delete"):
-        run_local(config)
-    assert [path.name for path in journal.parent.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_demo_begins_without_an_older_one_s_results(tmp_path: Path) -> None:
@@ -29,6 +16,8 @@ def test_the_demo_begins_without_an_older_one_s_results(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     for name in names:
         (tmp_path / "demo" / name).touch()
+    for name in ("log", "checkpoints"):
+        (tmp_path / "demo" / name).mkdir()
     plan = DemoPlan(
         seed=0,
         minutes=1,

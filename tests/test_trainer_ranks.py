@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from learner.trainer.checkpoint import save_model
 from learner.trainer.main import leave
 from learner.trainer.model import load_policy
+from learner.trainer.model_folder import save_model
 from learner.trainer.optimizer import Optimizer
 from learner.trainer.ranks import Ranks, joined
 from learner.trainer.report import Clock

@@ -9,13 +9,16 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 from safetensors.numpy import load_file
 
 from learner.intake.batches import Batch, statistics
 from learner.trainer import intake_client
+from learner.trainer.checkpoints import list_checkpoints, read_checkpoint
 from learner.trainer.intake_client import IntakeClient
 from learner.trainer.ranks import joined
-from understudy.config import NetworkConfig
+from understudy.config import Config
 from understudy.trajectory import Segment, Trajectory, VersionSpan, encode_trajectory
 from understudy.v1 import (
     batch_pb2,
@@ -29,6 +32,7 @@ from understudy.v1 import (
 from trainer_helpers import run_python, samples, tiny_bundle, torchrun  # isort: skip
 
 NUM_STEPS, NUM_GROUPS, GROUP_SIZE, VOCAB_SIZE = 2, 4, 3, 300
+EPOCH = 7
 
 
 class Store(weight_pb2_grpc.WeightServiceServicer):
@@ -91,10 +95,21 @@ class Batches(batch_pb2_grpc.BatchServiceServicer):
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.metrics: list[dict[str, float]] = []
+        self._has_lost_weights = True
+
+    def StartTraining(
+        self, request: batch_pb2.StartTrainingRequest, context: grpc.ServicerContext
+    ) -> batch_pb2.StartTrainingResponse:
+        self.log.append(f"start {request.step}")
+        return batch_pb2.StartTrainingResponse(epoch=EPOCH)
 
     def NextBatch(
         self, request: batch_pb2.NextBatchRequest, context: grpc.ServicerContext
     ) -> Iterator[batch_pb2.NextBatchResponse]:
+        assert request.epoch == EPOCH
+        if request.rank == 0 and request.step == 1 and self._has_lost_weights:
+            self._has_lost_weights = False
+            raise_no_weights(context)
         if request.rank == 0:
             self.log.append(f"batch {request.step}")
         made = [trajectory_of(index) for index in range(NUM_GROUPS * GROUP_SIZE)]
@@ -109,6 +124,7 @@ class Batches(batch_pb2_grpc.BatchServiceServicer):
             num_sampled_tokens=sum(trajectory.num_sampled_tokens for trajectory in made),
             head_version=request.step + 1,
             last=request.step + 1 == NUM_STEPS,
+            ledger_digest=bytes([request.step]),
         )
         yield batch_pb2.NextBatchResponse(header=header)
         for index in range(request.rank, len(made), request.world_size):
@@ -131,6 +147,21 @@ class Batches(batch_pb2_grpc.BatchServiceServicer):
         self.log.append(f"complete {request.step}")
         self.metrics.append(dict(request.metrics))
         return batch_pb2.CompleteStepResponse()
+
+    def RecordCheckpoint(
+        self, request: batch_pb2.RecordCheckpointRequest, context: grpc.ServicerContext
+    ) -> batch_pb2.RecordCheckpointResponse:
+        self.log.append(f"checkpoint {request.step}")
+        assert len(request.manifest_digest) == 32
+        return batch_pb2.RecordCheckpointResponse()
+
+
+def raise_no_weights(context: grpc.ServicerContext) -> None:
+    """What an intake answers that has just started."""
+    info = error_details_pb2.ErrorInfo(reason="NO_WEIGHTS", domain="understudy")
+    status = status_pb2.Status(code=grpc.StatusCode.FAILED_PRECONDITION.value[0])
+    status.details.add().Pack(info)
+    context.abort_with_status(rpc_status.to_status(status))
 
 
 def trajectory_of(index: int) -> Trajectory:
@@ -203,9 +234,11 @@ def run_path(learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_steps_go_publish_batch_publish_complete(run_path: Path, learner: Learner) -> None:
     assert learner.log == [
-        "publish 0",
+        *("start 0", "publish 0"),
         *("batch 0", "publish 1", "complete 0"),
+        "publish 1",  # once more: the intake had started anew
         *("batch 1", "publish 2", "complete 1"),
+        "checkpoint 2",
     ]
 
 
@@ -251,9 +284,18 @@ def test_what_is_measured_has_names_of_its_own(run_path: Path, learner: Learner)
     assert not learner.batches.metrics[0].keys() & statistics(batch).keys()
 
 
-def test_an_epoch_rises_with_every_start(run_path: Path, learner: Learner) -> None:
-    assert {header.epoch for header in learner.store.headers} == {1}
-    assert (run_path / "trainer-epoch").read_text() == "1\n"
+def test_every_part_carries_the_epoch_that_the_intake_gave(
+    run_path: Path, learner: Learner
+) -> None:
+    assert {header.epoch for header in learner.store.headers} == {EPOCH}
+
+
+def test_the_checkpoint_knows_what_was_learned_from(run_path: Path, learner: Learner) -> None:
+    [folder] = list_checkpoints(run_path / "checkpoints")
+    manifest = read_checkpoint(folder).manifest
+    assert manifest.step == NUM_STEPS
+    assert manifest.state.ledger_digest == "01"
+    assert manifest.state.trainer_epoch == EPOCH
 
 
 def test_a_batch_is_asked_for_again_until_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,13 +312,14 @@ def test_a_batch_is_asked_for_again_until_there_is_one(monkeypatch: pytest.Monke
                 threading.Event().wait(0.5)
             yield batch_pb2.NextBatchResponse(header=batch_pb2.BatchHeader(step=request.step))
 
+    config = Config.model_validate({"model": {"path": "unused"}})
     monkeypatch.setattr(intake_client, "ASK_SECONDS", 0.2)
     server = grpc.server(futures.ThreadPoolExecutor(4))
     batch_pb2_grpc.add_BatchServiceServicer_to_server(Slow(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, joined() as ranks:
-        share = IntakeClient(channel, NetworkConfig(), ranks).next_batch(3)
+        share = IntakeClient(channel, config, ranks).next_batch(3, lambda: None)
     server.stop(None)
     assert share.header.step == 3
     assert asked == [3, 3, 3]

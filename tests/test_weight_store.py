@@ -76,7 +76,7 @@ async def test_two_parts_commit_one_version(tmp_path: Path) -> None:
         assert len(manifest.probe.token_ids) == 8
         for name, tensor in tensors_of(manifest, payload).items():
             np.testing.assert_array_equal(tensor, WEIGHTS[name].ravel())
-        assert rig.intake.ledger.admission.version == 1
+        assert rig.intake.state.admission.version == 1
 
 
 async def test_a_step_published_again_is_a_new_version(tmp_path: Path) -> None:
@@ -237,13 +237,16 @@ async def test_a_newer_trainer_fences_the_older(tmp_path: Path) -> None:
         assert await reason_of(rig.publish_part(*halves(epoch=1)[0])) == "OLD_EPOCH"
 
 
-async def test_a_trainer_that_starts_anew_cannot_turn_the_policy_back(tmp_path: Path) -> None:
+async def test_a_restored_trainer_publishes_its_state_as_a_new_version(tmp_path: Path) -> None:
     async with running(make_config(tmp_path), version=False) as rig:
         later = [rig.publish_part(*part) for part in halves(step=1)]
         assert await reasons_of(*later) == ["1", "1"]
-        again = [rig.publish_part(*part) for part in halves(step=1, epoch=2)]
+        await rig.train()
+        again = [rig.publish_part(*part) for part in halves(step=0, epoch=2)]
         assert await reasons_of(*again) == ["2", "2"]
-        assert await reason_of(rig.publish_part(*halves(epoch=3)[0])) == "STEP_OUT_OF_ORDER"
+        assert await reason_of(rig.publish_part(*halves(epoch=1)[0])) == "OLD_EPOCH"
+    async with running(make_config(tmp_path)) as rig:
+        assert rig.intake.state.admission.version == 3  # never used before
 
 
 async def test_a_part_that_never_comes_discards_the_publication(tmp_path: Path) -> None:

@@ -167,9 +167,19 @@ def decode_record(
     Raises:
         TrajectoryError: with reason BAD_DIGEST, TOO_LARGE or BAD_PAYLOAD.
     """
-    if hashlib.sha256(record.payload).digest() != record.payload_digest:
+    payload = record.payload
+    check_digest(payload, record.payload_digest)
+    return decode_payload(payload, record.encoding, max_decoded_bytes)
+
+
+def check_digest(payload: bytes, digest: bytes) -> None:
+    """Check a payload against its digest.
+
+    Raises:
+        TrajectoryError: with reason BAD_DIGEST.
+    """
+    if hashlib.sha256(payload).digest() != digest:
         raise TrajectoryError("BAD_DIGEST", "payload_digest is not the SHA-256 of payload")
-    return decode_payload(record.payload, record.encoding, max_decoded_bytes)
 
 
 def decode_payload(
@@ -193,11 +203,11 @@ def decode_payload(
     return _decode(message)
 
 
-def decoded_size(record: trajectory_pb2.TrajectoryRecord) -> int:
-    """Bytes of a sound record's payload once decompressed."""
-    if record.encoding == common_pb2.ENCODING_ZSTD:
-        return zstandard.frame_content_size(record.payload)
-    return len(record.payload)
+def decoded_size(payload: bytes, encoding: "common_pb2.Encoding.ValueType") -> int:
+    """Bytes of a sound payload once decompressed."""
+    if encoding == common_pb2.ENCODING_ZSTD:
+        return zstandard.frame_content_size(payload)
+    return len(payload)
 
 
 _DECOMPRESSOR = zstandard.ZstdDecompressor(max_window_size=2**27)

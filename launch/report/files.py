@@ -110,7 +110,7 @@ def _text(sample: Line, decode: Callable[[list[int]], str] | None) -> str | None
 def _decoder(run_path: Path) -> Callable[[list[int]], str] | None:
     """Decoder of the run's own tokenizer, or of the model that it started from."""
     model_path = _read_object(run_path / "config.json").get("model", {}).get("path")
-    folders = [run_path / "model", run_path / "base", *([Path(model_path)] if model_path else [])]
+    folders = [run_path / "model", *([Path(model_path)] if model_path else [])]
     for folder in folders:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

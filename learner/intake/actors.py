@@ -1,8 +1,12 @@
 """Actors: their incarnations and how far each one's records were taken."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field, replace
 
 from learner.intake.refusals import RefusedError
+
+RECENT_DIGESTS = 1024
+"""Records of an incarnation whose digests are kept, to tell a resend from another record."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -12,6 +16,18 @@ class Incarnation:
     number: int
     next_sequence: int = 0
     """All records below were stored or rejected."""
+    digests: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_DIGESTS))
+    """Of the newest records below, oldest first."""
+
+    def answered(self, digest: bytes) -> None:
+        """The next record was stored or rejected."""
+        self.next_sequence += 1
+        self.digests.append(digest)
+
+    def conflicts(self, sequence: int, digest: bytes) -> bool:
+        """Whether a recent record below had another digest."""
+        index = sequence - self.next_sequence + len(self.digests)
+        return index >= 0 and self.digests[index] != digest
 
 
 class Actors:
@@ -51,7 +67,7 @@ class Actors:
             )
         else:
             # A new object: the older stream of this incarnation finds itself replaced.
-            taken = Incarnation(number=number, next_sequence=newest.next_sequence)
+            taken = replace(newest)
         self._newest[actor_id] = taken
         return taken
 

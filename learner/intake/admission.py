@@ -3,14 +3,13 @@
     step:     0         1         2         3        batch b is trained at step b
     version:  1 ------> 2 ------> 3 ------> 4        newest while step b is trained
 
-The trainer publishes before its first step and after each one; a publication names the steps that
-it has behind it. With `version` and `step` of the newest one, and one publication a step:
+The trainer publishes when it starts and after each step; a publication names the steps that it
+has behind it. Age is counted in steps: that is the same as in versions until a trainer starts again
+from a checkpoint, which publishes steps anew under new versions, with the weights of the old ones.
 
-    version at batch b  =  version + max(b - step, 0)
-    staleness in b      =  version at batch b - oldest version of a trajectory's tokens
-    min_version for b   =  version at batch b - max_staleness
+    staleness in b      =  b - fewest steps behind any version that sampled a token
+    a version may play for b if it has at least  b - max_staleness  steps behind it
 
-A task for batch b is worth playing once min_version exists, that is when b - step <= max_staleness.
 Groups fill batches in the order of their issue, so that the groups that may be open or assigned are
 
     group limit         =  (step + 1 + max_staleness) * groups_per_batch
@@ -36,10 +35,12 @@ class Admission:
     """Newest policy version; 0 before the first: nothing is admitted yet."""
     step: int = 0
     """Steps behind that version."""
+    first_version: int = 0
+    """First version that the present trainer published."""
 
-    def advanced(self, version: int, step: int) -> Self:
+    def advanced(self, version: int, step: int, first_version: int) -> Self:
         """Admission after a publication."""
-        return replace(self, version=version, step=step)
+        return replace(self, version=version, step=step, first_version=first_version)
 
     @property
     def group_limit(self) -> int:
@@ -53,14 +54,19 @@ class Admission:
         """Version that is newest when a batch is trained."""
         return self.version + max(batch - self.step, 0)
 
+    def admits(self, batch: int) -> bool:
+        """Whether the newest version may play for a batch."""
+        return self.version > 0 and self.step >= batch - self.tasks.max_staleness
+
     def min_version(self, batch: int) -> int:
-        """Lowest version that may play for a batch."""
-        return max(self.version_at(batch) - self.tasks.max_staleness, 1)
+        """Lowest version that may play for a batch that is admitted."""
+        spare = self.step - max(batch - self.tasks.max_staleness, 0)
+        return max(self.version - max(spare, 0), self.first_version, 1)
 
-    def staleness(self, batch: int, oldest_version: int | None) -> int:
-        """Versions that a trajectory is behind when a batch is trained; 0 if none sampled it."""
-        return 0 if oldest_version is None else self.version_at(batch) - oldest_version
+    def staleness(self, batch: int, oldest_step: int | None) -> int:
+        """Steps that a trajectory is behind when a batch is trained; 0 if no policy sampled it."""
+        return 0 if oldest_step is None else max(batch - oldest_step, 0)
 
-    def too_stale(self, batch: int, oldest_version: int | None) -> bool:
+    def too_stale(self, batch: int, oldest_step: int | None) -> bool:
         """Whether a trajectory may not be trained in a batch, nor in any later one."""
-        return self.staleness(batch, oldest_version) > self.tasks.max_staleness
+        return self.staleness(batch, oldest_step) > self.tasks.max_staleness

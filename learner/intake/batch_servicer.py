@@ -1,47 +1,99 @@
 """BatchService: decodes, calls, encodes."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Protocol
 
-from learner.intake.batches import Batch
-from learner.intake.intake import Intake
-from learner.intake.refusals import mapped
+from learner.intake.batches import Batch, BatchItem
+from learner.intake.refusals import RefusedError, mapped
+from learner.intake.state import RunState
+from understudy.config import Config
 from understudy.v1 import batch_pb2, batch_pb2_grpc, trajectory_pb2
 
 Response = batch_pb2.NextBatchResponse
+
+READ_RECORDS = 32
+"""Records that are in memory at one time for a rank's share."""
+
+
+class BatchSource(Protocol):
+    """Where batches come from: an intake, or the log of one. Intake documents the methods."""
+
+    config: Config
+    state: RunState
+
+    async def start_training(self, step: int, ledger_digest: bytes) -> int: ...
+
+    async def next_batch(
+        self, step: int, rank: int, world_size: int, epoch: int
+    ) -> tuple[Batch, list[BatchItem]]: ...
+
+    async def read(self, items: Sequence[BatchItem]) -> list[trajectory_pb2.TrajectoryRecord]: ...
+
+    async def complete_step(self, step: int, epoch: int, measured: Mapping[str, float]) -> None: ...
+
+    async def record_checkpoint(
+        self, step: int, oldest_kept_step: int, epoch: int, digest: bytes
+    ) -> None: ...
 
 
 class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
     """Feeds the trainer ranks."""
 
-    def __init__(self, intake: Intake) -> None:
-        self.intake = intake
+    def __init__(self, source: BatchSource, fence: Callable[[int], None]) -> None:
+        self.source = source
+        self.fence = fence
+        """Told of each new trainer's epoch."""
+
+    async def StartTraining(
+        self, request: batch_pb2.StartTrainingRequest, context: object
+    ) -> batch_pb2.StartTrainingResponse:
+        with mapped():
+            served = self.source.config.run.name
+            if request.run_id != served:
+                raise RefusedError("RUN_MISMATCH", f"run_id {request.run_id!r}; served: {served!r}")
+            epoch = await self.source.start_training(request.step, request.ledger_digest)
+            self.fence(epoch)
+        return batch_pb2.StartTrainingResponse(epoch=epoch)
 
     async def NextBatch(
         self, request: batch_pb2.NextBatchRequest, context: object
     ) -> AsyncIterator[Response]:
         with mapped():
-            batch, share = await self.intake.next_batch(
-                request.step, request.rank, request.world_size
+            batch, share = await self.source.next_batch(
+                request.step, request.rank, request.world_size, request.epoch
             )
-        yield Response(header=_encode_header(batch))
-        for item, record in share:
-            yield Response(
-                trajectory=batch_pb2.BatchTrajectory(
-                    group_index=item.group_index,
-                    reward_index=item.reward_index,
-                    record=trajectory_pb2.TrajectoryRecord.FromString(record),
+        yield Response(
+            header=_encode_header(batch, self.source.state.ledger_digests[batch.step + 1])
+        )
+        for start in range(0, len(share), READ_RECORDS):
+            items = share[start : start + READ_RECORDS]
+            for item, record in zip(items, await self.source.read(items), strict=True):
+                yield Response(
+                    trajectory=batch_pb2.BatchTrajectory(
+                        group_index=item.group_index,
+                        reward_index=item.reward_index,
+                        record=record,
+                    )
                 )
-            )
 
     async def CompleteStep(
         self, request: batch_pb2.CompleteStepRequest, context: object
     ) -> batch_pb2.CompleteStepResponse:
         with mapped():
-            await self.intake.complete_step(request.step, dict(request.metrics))
+            await self.source.complete_step(request.step, request.epoch, dict(request.metrics))
         return batch_pb2.CompleteStepResponse()
 
+    async def RecordCheckpoint(
+        self, request: batch_pb2.RecordCheckpointRequest, context: object
+    ) -> batch_pb2.RecordCheckpointResponse:
+        with mapped():
+            await self.source.record_checkpoint(
+                request.step, request.oldest_kept_step, request.epoch, request.manifest_digest
+            )
+        return batch_pb2.RecordCheckpointResponse()
 
-def _encode_header(batch: Batch) -> batch_pb2.BatchHeader:
+
+def _encode_header(batch: Batch, ledger_digest: bytes) -> batch_pb2.BatchHeader:
     items = batch.items
     return batch_pb2.BatchHeader(
         step=batch.step,
@@ -57,4 +109,5 @@ def _encode_header(batch: Batch) -> batch_pb2.BatchHeader:
         num_sampled_tokens=sum(item.summary.num_sampled_tokens for item in items),
         head_version=batch.head_version,
         last=batch.last,
+        ledger_digest=ledger_digest,
     )

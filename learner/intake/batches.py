@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from learner.intake.admission import Admission
-from learner.intake.tasks import Group, State, Summary, TaskKey
+from learner.intake.tasks import Group, Sample, State, TaskKey
+from learner.log.segments import Location
 from understudy.trajectory import FloatArray
+from understudy.v1 import log_pb2
+from understudy.v1.log_pb2 import EpisodeSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +24,11 @@ class BatchItem:
     """Index of its group in the batch."""
     reward_index: int
     """Index of its reward in the group."""
-    summary: Summary
+    summary: EpisodeSummary
     staleness: int
-    """Versions that its oldest token is behind when the batch is trained."""
+    """Steps that its oldest token is behind when the batch is trained."""
+    location: Location
+    """Where the log has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,49 +63,86 @@ class Batch:
         return [item for item in self.episodes if not self.groups[item.group_index].uniform]
 
     @property
-    def uniform(self) -> list[int]:
-        """Ordinals of the uniform groups."""
-        return [group.ordinal for group in self.groups if group.uniform]
+    def num_uniform(self) -> int:
+        """Number of uniform groups."""
+        return sum(group.uniform for group in self.groups)
 
 
-def assemble(
+def assignment(
     step: int, groups: Sequence[Group], admission: Admission, shuffle_seed: int | None = None
-) -> Batch:
-    """Make the batch of a step from complete groups.
+) -> log_pb2.BatchAssigned:
+    """Make the batch of a step from complete groups, as the log keeps it.
 
     With a shuffle seed, rewards are permuted among all episodes of the batch before groups are
     judged: the control experiment in which nothing can be learned.
     """
-    episodes: list[BatchItem] = []
-    for group_index, group in enumerate(groups):
-        for reward_index, sample in enumerate(group.in_state(State.STORED)):
-            assert sample.summary is not None
-            item = BatchItem(
-                key=sample.key,
-                group_index=group_index,
-                reward_index=reward_index,
-                summary=sample.summary,
-                staleness=admission.staleness(step, sample.summary.oldest_version),
-            )
-            episodes.append(item)
-    rewards = np.array([item.summary.reward for item in episodes], np.float32)
+    members = [group.in_state(State.STORED) for group in groups]
+    rewards = np.array([_summary(s).reward for samples in members for s in samples], np.float32)
     if shuffle_seed is not None:
         rewards = np.random.default_rng((shuffle_seed % 2**32, step)).permutation(rewards)
-    group_of = np.array([item.group_index for item in episodes])
-    return Batch(
+    ends = np.cumsum([len(samples) for samples in members])
+    return log_pb2.BatchAssigned(
         step=step,
         head_version=admission.version,
         trained_version=admission.version_at(step),
         last=step == admission.steps - 1,
-        groups=tuple(
-            _group(group.ordinal, rewards[group_of == index]) for index, group in enumerate(groups)
-        ),
-        episodes=tuple(episodes),
+        groups=[
+            _assign(group, samples, part)
+            for group, samples, part in zip(
+                groups, members, np.split(rewards, ends[:-1]), strict=True
+            )
+        ],
     )
 
 
-def _group(ordinal: int, rewards: FloatArray) -> BatchGroup:
-    return BatchGroup(ordinal=ordinal, rewards=rewards, uniform=bool((rewards == rewards[0]).all()))
+def _assign(group: Group, samples: Sequence[Sample], rewards: FloatArray) -> log_pb2.AssignedGroup:
+    return log_pb2.AssignedGroup(
+        ordinal=group.ordinal,
+        sample_indices=[sample.key.sample_index for sample in samples],
+        rewards=rewards.astype("<f4", copy=False).tobytes(),
+        uniform=bool((rewards == rewards[0]).all()),
+    )
+
+
+def batch_of(event: log_pb2.BatchAssigned, groups: Sequence[Group]) -> Batch:
+    """The batch that an event of the log describes, of groups that hold its samples."""
+    return Batch(
+        step=event.step,
+        head_version=event.head_version,
+        trained_version=event.trained_version,
+        last=event.last,
+        groups=tuple(
+            BatchGroup(
+                ordinal=assigned.ordinal,
+                rewards=np.frombuffer(assigned.rewards, "<f4"),
+                uniform=assigned.uniform,
+            )
+            for assigned in event.groups
+        ),
+        episodes=tuple(
+            _item(event.step, group.samples[sample_index], group_index, reward_index)
+            for group_index, (group, assigned) in enumerate(zip(groups, event.groups, strict=True))
+            for reward_index, sample_index in enumerate(assigned.sample_indices)
+        ),
+    )
+
+
+def _item(step: int, sample: Sample, group_index: int, reward_index: int) -> BatchItem:
+    summary = _summary(sample)
+    assert sample.location is not None
+    return BatchItem(
+        key=sample.key,
+        group_index=group_index,
+        reward_index=reward_index,
+        summary=summary,
+        staleness=max(step - summary.oldest_step, 0) if summary.HasField("oldest_step") else 0,
+        location=sample.location,
+    )
+
+
+def _summary(sample: Sample) -> EpisodeSummary:
+    assert sample.summary is not None
+    return sample.summary
 
 
 def split(items: Sequence[BatchItem], world_size: int) -> list[list[BatchItem]]:
@@ -124,7 +166,7 @@ def statistics(batch: Batch) -> dict[str, float]:
         "version": batch.trained_version,
         "episodes": len(summaries),
         "trajectories": len(staleness),
-        "uniform_groups": len(batch.uniform),
+        "uniform_groups": batch.num_uniform,
         "reward_mean": _mean([summary.reward for summary in summaries]),
         **_rewards_by_level(summaries),
         "staleness_mean": _mean(staleness),
@@ -136,7 +178,7 @@ def statistics(batch: Batch) -> dict[str, float]:
     }
 
 
-def _rewards_by_level(summaries: Sequence[Summary]) -> Mapping[str, float]:
+def _rewards_by_level(summaries: Sequence[EpisodeSummary]) -> Mapping[str, float]:
     levels: dict[int, list[float]] = defaultdict(list)
     for summary in summaries:
         levels[summary.level].append(summary.reward)

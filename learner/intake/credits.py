@@ -19,11 +19,12 @@ class Grant:
 
 
 def grant(free_bytes: int, num_streams: int, max_payload_bytes: int) -> Grant:
-    """An equal share of the store's room; none when it is full.
+    """An equal share of the log's buffer; none while the disk takes nothing.
 
     A share is never below one record of the largest size, since less would stop a stream for good.
-    So the records held stay below the store's size plus what all streams may send at the moment
-    that it fills.
+    A stream whose records the buffer has no room for is not read: what it sent waits with gRPC,
+    which takes in no more than a window, so that memory is bounded by the buffer, a message a
+    stream and those windows.
     """
     if not free_bytes:
         return Grant(records=0, payload_bytes=0)

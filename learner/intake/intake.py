@@ -1,4 +1,4 @@
-"""The intake's state behind one condition: ledger, store and batches.
+"""The intake's state behind one condition: the ledger and the log.
 
 | loop or call   | consumes            | waits for                | woken by                       |
 |----------------|---------------------|--------------------------|--------------------------------|
@@ -7,7 +7,9 @@
 | deliver, fail  | results of episodes | nothing                  |                                |
 | keep_time      | expired leases      | the clock                |                                |
 
-`close` wakes everybody, and every waiting call is refused as DRAINING.
+`close` wakes everybody, and every waiting call is refused as DRAINING. Whatever a caller is told is
+on the disk before: each method that changes something returns after the log's flush, except for
+results, whose acks wait for it.
 """
 
 import asyncio
@@ -18,16 +20,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from learner.intake.batches import Batch, BatchItem, assemble, choose_samples, split, statistics
+from learner.intake.batches import Batch, BatchItem, choose_samples, split, statistics
 from learner.intake.journal import Journal
 from learner.intake.leases import Lease
-from learner.intake.ledger import Ledger
+from learner.intake.ledger import Ledger, Result
 from learner.intake.refusals import RefusedError, draining
-from learner.intake.store import Store
-from learner.intake.tasks import Balance, Group, State, Summary, TaskKey
+from learner.intake.state import RunState
+from learner.intake.tasks import Balance, Group, State, TaskKey
+from learner.log.retention import trim_segment
+from learner.log.writer import DurableLog
 from understudy import metrics
 from understudy.config import Config
-from understudy.trajectory import Trajectory
+from understudy.trajectory import decode_payload
+from understudy.v1 import log_pb2, trajectory_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +41,6 @@ TICK_SECONDS = 0.25
 SAMPLES_PER_STEP = 2
 """Episodes of each batch that go to samples.jsonl."""
 _SAY_SECONDS = 30.0
-IDS_PER_EPOCH = 2**32
-"""Ids begin at epoch times this, so that no two starts of an intake give the same one."""
 
 
 class Intake:
@@ -45,56 +48,51 @@ class Intake:
 
     Args:
         config: the run.
-        epoch: of this start.
-        store: holds records.
+        log: the run's, open.
+        state: what the log adds up to.
         journal: takes the line of each step.
-        decode: turns a stored record into a trajectory, for samples.jsonl.
         paused: whether leasing is to stand still.
     """
 
     def __init__(
         self,
         config: Config,
-        epoch: int,
-        store: Store,
+        log: DurableLog,
+        state: RunState,
         journal: Journal,
-        decode: Callable[[bytes], Trajectory],
         paused: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config
-        self.store = store
-        learner = config.learner
-        self.ledger = Ledger(learner.tasks, learner.train.steps, store, epoch * IDS_PER_EPOCH + 1)
+        self.log = log
+        self.ledger = Ledger(log, state)
+        self.state = state
         self.on_room: Callable[[], None] = lambda: None
-        """Called when the store has let go of records."""
+        """Called now and then while the log has room."""
         self._journal = journal
-        self._decode = decode
         self._paused = paused
         self._changed = asyncio.Condition()
         self._closed = False
-        self._batches: dict[int, Batch] = {}
         self._world_sizes: dict[int, int] = {}
-        self._samples: dict[int, list[Trajectory]] = {}
-        self._dropped: Mapping[str, int] = {}
+        self._dropped: Mapping[str, int] = self.balance().dropped
         self._num_askers = 0
         self._first_asked = math.inf
         self._waited_seconds = 0.0
+        self._has_weights = False
+        self._trimming: asyncio.Task[None] | None = None
+        self._num_trimmed = 0
         self._gauges = {name: metrics.TASK_KEYS.labels(name) for name in self.balance().figures()}
 
     def balance(self) -> Balance:
         """The accounts of all task keys."""
-        return self.ledger.balance()
-
-    @property
-    def free_bytes(self) -> int:
-        """Room in the store; not negative."""
-        return max(self.config.learner.store_bytes - self.store.num_bytes, 0)
+        return self.state.balance()
 
     async def close(self) -> None:
         """Refuse what waits and what comes."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._trimming:
+            await self._trimming
 
     # Tasks.
 
@@ -108,7 +106,9 @@ class Intake:
             self._raise_if_closed()
             if self._paused():
                 return []
-            return self.ledger.lease(actor_id, max_leases, time.monotonic())
+            leases = self.ledger.lease(actor_id, max_leases)
+        await self.log.flush()
+        return leases
 
     def _may_answer_lease(self) -> bool:
         leasable = self.ledger.can_lease and not self._paused()
@@ -116,16 +116,16 @@ class Intake:
 
     def renew(self, actor_id: str, lease_ids: Sequence[int]) -> list[int]:
         """Extend leases; returns those that are gone."""
-        return self.ledger.leases.renew(actor_id, lease_ids, time.monotonic())
+        return self.state.leases.renew(actor_id, lease_ids, time.monotonic())
 
     # Results.
 
-    async def deliver(self, key: TaskKey, summary: Summary, record: bytes) -> bool:
-        """Take a trajectory; False for a duplicate."""
+    async def deliver(self, result: Result) -> bool:
+        """Take a trajectory; False for a duplicate. It is durable after the log's next flush."""
         async with self._changed:
-            taken = self.ledger.deliver(key, summary, record)
+            taken = self.ledger.deliver(result)
             # Waking all who wait costs more than a record: only if there is something for them.
-            if self.ledger.can_lease or self._batch_is_ready(key):
+            if self.ledger.can_lease or self._batch_is_ready(result.key):
                 self._changed.notify_all()
         return taken
 
@@ -134,55 +134,115 @@ class Intake:
         complete = self._num_askers and self.ledger.is_complete(key.ordinal)
         return bool(complete and self.ledger.ready_groups())
 
-    async def fail(self, key: TaskKey, lease_id: int, reason: str) -> None:
-        """An episode came to nothing, for example because its environment failed."""
+    async def fail(
+        self,
+        key: TaskKey,
+        lease_id: int,
+        reason: str,
+        origin: log_pb2.RecordOrigin,
+        answer: "log_pb2.Answer.ValueType",
+    ) -> None:
+        """A record brought no trajectory, for example because its environment failed."""
         async with self._changed:
-            self.ledger.fail(key, lease_id, reason)
+            self.ledger.answer(origin, key, answer, reason)
+            self.ledger.fail(key, lease_id, reason.lower())
             self._changed.notify_all()
 
-    async def advance(self, version: int, step: int) -> None:
+    # Trainers.
+
+    async def start_training(self, step: int, ledger_digest: bytes) -> int:
+        """A trainer starts; returns its epoch.
+
+        Raises:
+            RefusedError: STEP_OUT_OF_ORDER, LEDGER_MISMATCH, DRAINING.
+        """
+        async with self._changed:
+            self._raise_if_closed()
+            epoch = self.ledger.start_training(step, ledger_digest)
+            self._world_sizes.clear()
+            self._changed.notify_all()
+        await self.log.flush()
+        _log.info("trainer of epoch %d starts with %d steps behind it", epoch, step)
+        return epoch
+
+    async def advance(self, version: int, step: int, epoch: int) -> None:
         """A version was committed that has so many steps behind it."""
         async with self._changed:
-            self.ledger.advance(version, step)
+            self.ledger.publish(version, step, epoch)
+            self._has_weights = True
             self._changed.notify_all()
-        self.on_room()
+        await self.log.flush()
+
+    async def record_checkpoint(
+        self, step: int, oldest_kept_step: int, epoch: int, digest: bytes
+    ) -> None:
+        """A checkpoint is durable. Idempotent.
+
+        Raises:
+            RefusedError: OLD_EPOCH, STEP_OUT_OF_ORDER.
+        """
+        async with self._changed:
+            self.ledger.require_trainer(epoch)
+            self.ledger.record_checkpoint(step, oldest_kept_step, digest)
+        await self.log.flush()
+        if self.config.learner.log.retention == "checkpoint" and self._trimming is None:
+            self._trimming = asyncio.create_task(self._trim())
+
+    async def _trim(self) -> None:
+        """Let go of payloads that no kept checkpoint will ask for: in whole segments, since what
+        the run learns from it learns in about the order in which it came."""
+        try:
+            needed = self.state.oldest_segment()
+            while self.log.is_sealed(self._num_trimmed + 1):
+                if needed is not None and self._num_trimmed + 1 >= needed:
+                    break
+                await trim_segment(self.log, self._num_trimmed + 1, _is_trajectory)
+                self._num_trimmed += 1
+        finally:
+            self._trimming = None
 
     # Batches.
 
     async def next_batch(
-        self, step: int, rank: int, world_size: int
-    ) -> tuple[Batch, list[tuple[BatchItem, bytes]]]:
-        """The batch of a step, and a rank's share of it with its records.
+        self, step: int, rank: int, world_size: int, epoch: int
+    ) -> tuple[Batch, list[BatchItem]]:
+        """The batch of a step, and a rank's share of it.
 
         Raises:
-            RefusedError: BAD_RANK, STEP_OUT_OF_ORDER, DRAINING.
+            RefusedError: BAD_RANK, OLD_EPOCH, STEP_OUT_OF_ORDER, NO_WEIGHTS, DRAINING.
         """
         if not rank < world_size:
             raise RefusedError("BAD_RANK", f"rank {rank} is not below world_size {world_size}")
         async with self._changed:
             with metrics.timed(metrics.BATCH_WAIT_SECONDS):
-                await self._wait_for_batch(step, world_size)
-            agreed = self._world_sizes[step]
+                await self._wait_for_batch(step, epoch)
+            agreed = self._world_sizes.setdefault(step, world_size)
             if world_size != agreed:
                 raise RefusedError(
                     "BAD_RANK", f"world_size {world_size}: step {step} is split over {agreed} ranks"
                 )
-            batch = self._batches[step]
-            share = split(batch.items, world_size)[rank]
-            return batch, [(item, self.store.get(item.key)) for item in share]
+            batch = self.state.batches[step]
+        await self.log.flush()
+        return batch, split(batch.items, world_size)[rank]
 
-    async def _wait_for_batch(self, step: int, world_size: int) -> None:
-        self._check_step(step)
+    async def read(self, items: Sequence[BatchItem]) -> list[trajectory_pb2.TrajectoryRecord]:
+        """The records of a batch's items, from the log."""
+        return await asyncio.to_thread(
+            lambda: [record_of(*self.log.read(item.location)) for item in items]
+        )
+
+    async def _wait_for_batch(self, step: int, epoch: int) -> None:
+        self._check_request(step, epoch)
         self._first_asked = min(self._first_asked, time.monotonic())
         self._num_askers += 1
         try:
-            while step not in self._batches:
+            while step not in self.state.batches:
                 self._raise_if_closed()
                 if groups := self.ledger.ready_groups():
-                    self._close_batch(step, groups, world_size)
+                    self._close_batch(step, groups)
                 else:
                     await self._changed.wait()
-                self._check_step(step)  # others may have completed it meanwhile
+                self._check_request(step, epoch)  # another trainer may have started meanwhile
         finally:
             self._num_askers -= 1
 
@@ -190,52 +250,51 @@ class Intake:
         limit = self.config.learner.train.max_seconds
         return limit is not None and time.monotonic() - self._first_asked > limit
 
-    def _check_step(self, step: int) -> None:
-        next_step = self.ledger.num_closed
-        if step not in self._batches and (step != next_step or self.ledger.exhausted):
-            remedy = (
-                f"the run has {self.ledger.steps} steps"
-                if self.ledger.exhausted
-                else f"step {next_step} is next"
-            )
-            raise RefusedError("STEP_OUT_OF_ORDER", f"step {step} cannot be asked for; {remedy}")
+    def _check_request(self, step: int, epoch: int) -> None:
+        self.ledger.require_trainer(epoch)
+        if not self._has_weights:
+            raise RefusedError("NO_WEIGHTS", "the weight store is empty; publish, then ask again")
+        next_step = self.state.num_closed
+        if step in self.state.batches or (step == next_step and not self.ledger.exhausted):
+            return
+        remedy = (
+            f"the run has {self.state.admission.steps} steps"
+            if self.ledger.exhausted
+            else f"step {next_step} is next"
+        )
+        raise RefusedError("STEP_OUT_OF_ORDER", f"step {step} cannot be asked for; {remedy}")
 
-    def _close_batch(self, step: int, groups: Sequence[Group], world_size: int) -> None:
+    def _close_batch(self, step: int, groups: Sequence[Group]) -> None:
         if self._time_is_up():
             self.ledger.end_with(step)
         tasks = self.config.learner.tasks
-        seed = self.config.run.seed if tasks.shuffle_rewards else None
-        batch = assemble(step, groups, self.ledger.admission, seed)
-        self._samples[step] = [
-            self._decode(self.store.get(item.key))
-            for item in choose_samples(batch, SAMPLES_PER_STEP)
-        ]
-        self.ledger.assign(groups, batch.uniform)
-        self._batches[step] = batch
-        self._world_sizes[step] = world_size
+        self.ledger.assign(groups, self.config.run.seed if tasks.shuffle_rewards else None)
         self._changed.notify_all()
 
-    async def complete_step(self, step: int, measured: Mapping[str, float]) -> None:
+    async def complete_step(self, step: int, epoch: int, measured: Mapping[str, float]) -> None:
         """The optimizer step of a batch was taken. Idempotent.
 
         Raises:
-            RefusedError: STEP_OUT_OF_ORDER for a step whose batch was never asked for.
+            RefusedError: OLD_EPOCH; STEP_OUT_OF_ORDER for a step whose batch was never asked for.
         """
         async with self._changed:
-            if step >= self.ledger.num_closed:
-                raise RefusedError(
-                    "STEP_OUT_OF_ORDER", f"the batch of step {step} was never asked for"
-                )
-            batch = self._batches.pop(step, None)
-            if batch is None:
+            self.ledger.require_trainer(epoch)
+            if step < self.state.num_completed:
                 return
+            if step not in self.state.batches or step != self.state.num_completed:
+                raise RefusedError(
+                    "STEP_OUT_OF_ORDER",
+                    f"step {step}; {self.state.num_completed} is the next to complete, "
+                    f"{self.state.num_closed} the next batch",
+                )
+            batch = self.state.batches[step]
             self.ledger.complete(step)
-            del self._world_sizes[step]
+            self._world_sizes.pop(step, None)
             self._changed.notify_all()
-        self._write_step(batch, measured)
-        self.on_room()
+        await self.log.flush()
+        await self._write_step(batch, measured)
 
-    def _write_step(self, batch: Batch, measured: Mapping[str, float]) -> None:
+    async def _write_step(self, batch: Batch, measured: Mapping[str, float]) -> None:
         for item in batch.items:
             metrics.POLICY_STALENESS.observe(item.staleness)
         dropped = self.balance().dropped
@@ -244,7 +303,12 @@ class Intake:
         self._dropped = dropped
         figures = {"dropped": {reason: n for reason, n in new.items() if n}}
         self._journal.step(batch.step, {**measured, **statistics(batch), **figures})
-        self._journal.samples(batch.step, batch.trained_version, self._samples.pop(batch.step))
+        records = await self.read(choose_samples(batch, SAMPLES_PER_STEP))
+        self._journal.samples(
+            batch.step,
+            batch.trained_version,
+            [decode_payload(record.payload, record.encoding) for record in records],
+        )
 
     # Time.
 
@@ -259,6 +323,8 @@ class Intake:
                     _log.warning("%d leases expired; their tasks are leased again", num_expired)
                 if self.ledger.can_lease:  # given back just now, or held up by a pause
                     self._changed.notify_all()
+            if not self.log.throttled:
+                self.on_room()
             self._set_gauges()
             self._say_waiting()
 
@@ -276,21 +342,35 @@ class Intake:
         if self._waited_seconds < _SAY_SECONDS:
             return
         self._waited_seconds = 0.0
-        admission = self.ledger.admission
+        admission = self.state.admission
         figures = self.balance().figures().items()
         _log.warning(
             "step %d waits for experience: version %d of step %d is newest, %s",
-            self.ledger.num_closed,
+            self.state.num_closed,
             admission.version,
             admission.step,
             ", ".join(f"{number} {name}" for name, number in figures),
         )
-        if not self.free_bytes:
-            _log.error(
-                "learner.store_bytes = %d is full and no batch is complete; raise it",
-                self.config.learner.store_bytes,
-            )
 
     def _raise_if_closed(self) -> None:
         if self._closed:
             raise draining()
+
+
+def record_of(entry: log_pb2.LogEntry, payload: bytes) -> trajectory_pb2.TrajectoryRecord:
+    """The record that brought a stored trajectory."""
+    stored = entry.trajectory_stored
+    return trajectory_pb2.TrajectoryRecord(
+        incarnation=stored.origin.incarnation,
+        sequence=stored.origin.sequence,
+        lease_id=stored.lease_id,
+        task_key=stored.task_key,
+        outcome=stored.outcome,
+        encoding=stored.encoding,
+        payload=payload,
+        payload_digest=stored.payload_digest,
+    )
+
+
+def _is_trajectory(entry: log_pb2.LogEntry) -> bool:
+    return entry.HasField("trajectory_stored")

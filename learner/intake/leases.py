@@ -14,7 +14,6 @@ class Lease:
     lease_id: int
     sample: Sample
     actor_id: str
-    min_version: int
     expires: float
     """On the clock of whoever passes `now`."""
 
@@ -22,23 +21,22 @@ class Lease:
 class Leases:
     """All leases. Each lasts equally long, so that insertion order is the order of expiry."""
 
-    def __init__(self, first_id: int, lease_seconds: float) -> None:
+    def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
-        self._next_id = first_id
         self._leases: OrderedDict[int, Lease] = OrderedDict()
 
-    def add(self, sample: Sample, actor_id: str, min_version: int, now: float) -> Lease:
-        """Make a lease under an id that was never used."""
-        lease = Lease(
-            lease_id=self._next_id,
+    def add(self, lease_id: int, sample: Sample, actor_id: str, now: float) -> None:
+        """Enter a lease."""
+        self._leases[lease_id] = Lease(
+            lease_id=lease_id,
             sample=sample,
             actor_id=actor_id,
-            min_version=min_version,
             expires=now + self.lease_seconds,
         )
-        self._next_id += 1
-        self._leases[lease.lease_id] = lease
-        return lease
+
+    def get(self, lease_id: int) -> Lease:
+        """A lease that is held."""
+        return self._leases[lease_id]
 
     def renew(self, actor_id: str, lease_ids: Iterable[int], now: float) -> list[int]:
         """Extend an actor's leases; returns those that are gone."""

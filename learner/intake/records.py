@@ -6,9 +6,16 @@ import logging
 from pathlib import Path
 
 from learner.intake.intake import Intake
-from learner.intake.tasks import Summary, TaskKey
-from understudy.trajectory import Segment, Trajectory, TrajectoryError, decode_record
-from understudy.v1 import trajectory_pb2
+from learner.intake.ledger import Result
+from learner.intake.tasks import TaskKey
+from understudy.trajectory import (
+    Segment,
+    Trajectory,
+    TrajectoryError,
+    check_digest,
+    decode_payload,
+)
+from understudy.v1 import log_pb2, trajectory_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -20,11 +27,6 @@ _DATA = (trajectory_pb2.OUTCOME_COMPLETED, trajectory_pb2.OUTCOME_TRUNCATED)
 def decode_key(record: trajectory_pb2.TrajectoryRecord) -> TaskKey:
     """The task key of a record."""
     return TaskKey(record.task_key.ordinal, record.task_key.sample_index)
-
-
-def decode_stored(record: bytes) -> Trajectory:
-    """The trajectory of a record as the store holds it."""
-    return decode_record(trajectory_pb2.TrajectoryRecord.FromString(record))
 
 
 def read_vocab_size(model: Path) -> int | None:
@@ -45,8 +47,13 @@ class Inspector:
         self._max_payload_bytes = max_payload_bytes
         self._vocab_size = read_vocab_size(intake.config.model.path)
 
-    async def take(self, record: trajectory_pb2.TrajectoryRecord) -> bool:
-        """Take one record; False if its task key needs no result any more.
+    async def take(
+        self,
+        record: trajectory_pb2.TrajectoryRecord,
+        payload: bytes,
+        origin: log_pb2.RecordOrigin,
+    ) -> bool:
+        """Take one record and its payload; False if its task key needs no result any more.
 
         Raises:
             TrajectoryError: the record is rejected. Its sample was given back or dropped.
@@ -54,30 +61,41 @@ class Inspector:
         key = decode_key(record)
         ledger = self._intake.ledger
         if not ledger.knows(key):
+            ledger.answer(origin, key, log_pb2.ANSWER_REJECTED, "UNKNOWN_TASK_KEY")
             raise TrajectoryError("UNKNOWN_TASK_KEY", f"task_key {key} was never leased")
         if ledger.has_result(key):
+            ledger.answer(origin, key, log_pb2.ANSWER_DUPLICATE)
             return False
         try:
-            trajectory = await self._decode(record)
+            trajectory = await self._decode(record, payload)
             self._check(key, record, trajectory)
         except TrajectoryError as error:
             _log.error("record of task key %s rejected: %s", tuple(key), error)
-            await self._intake.fail(key, record.lease_id, error.reason.lower())
+            await self._intake.fail(
+                key, record.lease_id, error.reason, origin, log_pb2.ANSWER_REJECTED
+            )
             raise
         if record.outcome not in _DATA:
-            await self._intake.fail(key, record.lease_id, "failed")
+            await self._intake.fail(key, record.lease_id, "failed", origin, log_pb2.ANSWER_FAILED)
             return True
-        return await self._intake.deliver(key, summarize(trajectory), record.SerializeToString())
+        result = Result(
+            key=key,
+            origin=origin,
+            record=record,
+            payload=payload,
+            summary=self._summarize(trajectory),
+        )
+        return await self._intake.deliver(result)
 
-    async def _decode(self, record: trajectory_pb2.TrajectoryRecord) -> Trajectory:
-        size = len(record.payload)
+    async def _decode(self, record: trajectory_pb2.TrajectoryRecord, payload: bytes) -> Trajectory:
+        size = len(payload)
         if size > self._max_payload_bytes:
             raise TrajectoryError(
                 "TOO_LARGE", f"payload of {size} bytes is above {self._max_payload_bytes}"
             )
         if size > THREAD_BYTES:
-            return await asyncio.to_thread(decode_record, record)
-        return decode_record(record)
+            return await asyncio.to_thread(_decode_checked, record, payload)
+        return _decode_checked(record, payload)
 
     def _check(
         self, key: TaskKey, record: trajectory_pb2.TrajectoryRecord, trajectory: Trajectory
@@ -86,7 +104,7 @@ class Inspector:
             raise TrajectoryError(
                 "BAD_PAYLOAD", f"outcome {trajectory.outcome}; the record's is {record.outcome}"
             )
-        head = self._intake.ledger.admission.version
+        head = self._intake.state.admission.version
         versions = [s.version for segment in trajectory.segments for s in segment.version_spans]
         if versions and not 1 <= min(versions) <= max(versions) <= head:
             raise TrajectoryError(
@@ -101,6 +119,21 @@ class Inspector:
         if played != leased:
             raise TrajectoryError("BAD_PAYLOAD", f"task {played}; the leased one is {leased}")
 
+    def _summarize(self, trajectory: Trajectory) -> log_pb2.EpisodeSummary:
+        """What the ledger and the batches keep in reach."""
+        versions = [s.version for segment in trajectory.segments for s in segment.version_spans]
+        return log_pb2.EpisodeSummary(
+            task_id=trajectory.task_id,
+            level=trajectory.level,
+            reward=trajectory.reward,
+            oldest_version=trajectory.oldest_version,
+            oldest_step=self._intake.ledger.oldest_step(versions),
+            num_tokens=trajectory.num_tokens,
+            num_sampled_tokens=trajectory.num_sampled_tokens,
+            num_turns=len(trajectory.turns),
+            truncated=trajectory.outcome == trajectory_pb2.OUTCOME_TRUNCATED,
+        )
+
     def _check_segment(self, segment: Segment) -> None:
         """What the trainer could not take: ids that its model lacks, more tokens than leased."""
         length = len(segment.token_ids)
@@ -114,15 +147,6 @@ class Inspector:
             )
 
 
-def summarize(trajectory: Trajectory) -> Summary:
-    """What the ledger and the batches keep in reach."""
-    return Summary(
-        task_id=trajectory.task_id,
-        level=trajectory.level,
-        reward=trajectory.reward,
-        oldest_version=trajectory.oldest_version,
-        num_tokens=trajectory.num_tokens,
-        num_sampled_tokens=trajectory.num_sampled_tokens,
-        num_turns=len(trajectory.turns),
-        truncated=trajectory.outcome == trajectory_pb2.OUTCOME_TRUNCATED,
-    )
+def _decode_checked(record: trajectory_pb2.TrajectoryRecord, payload: bytes) -> Trajectory:
+    check_digest(payload, record.payload_digest)
+    return decode_payload(payload, record.encoding)

@@ -2,20 +2,20 @@
 
 import asyncio
 from collections.abc import Mapping
+from typing import Self
 
 from learner.intake.batch_servicer import BatchServicer
 from learner.intake.bundle import Bundle
 from learner.intake.credits import MAX_PAYLOAD_BYTES
-from learner.intake.epoch import raise_epoch
 from learner.intake.intake import Intake
 from learner.intake.journal import Journal
 from learner.intake.publication import Version
-from learner.intake.records import decode_stored
-from learner.intake.store import MemoryStore, Store
+from learner.intake.state import RunState
 from learner.intake.task_servicer import TaskServicer
 from learner.intake.uplink import TrajectoryServicer
 from learner.intake.weight_servicer import WeightServicer
 from learner.intake.weight_store import WeightStore
+from learner.log.writer import DurableLog, LogLimits
 from understudy import metrics
 from understudy.config import Config
 from understudy.rpc import RoleControl, RoleServer, Service
@@ -34,31 +34,51 @@ MAX_MESSAGE_BYTES = 2 * MAX_PAYLOAD_BYTES
 class IntakeServer:
     """Everything that the intake's process serves.
 
-    server = IntakeServer(config)
+    server = await IntakeServer.open(config)
     port = await server.start()     # SERVING from here on
     await server.drained()
     await server.stop()
-
-    Raises:
-        ConfigError: a folder that cannot be written, no model at model.path, an unusable address.
     """
 
-    def __init__(self, config: Config, store: Store | None = None) -> None:
+    @classmethod
+    async def open(cls, config: Config) -> Self:
+        """Take up a run where its log ends, or begin it.
+
+        Raises:
+            ConfigError: a folder that cannot be written, another intake that serves the run, no
+                model at model.path, an unusable address.
+        """
+        bundle = Bundle.read(config.model.path)
+        settings = config.learner.log
+        state = RunState(config.learner.tasks, config.learner.train.steps)
+        log = await DurableLog.open(
+            config.run.path / "log",
+            config.run.name,
+            LogLimits(
+                segment_bytes=settings.segment_bytes,
+                buffer_bytes=settings.buffer_bytes,
+                quota_bytes=settings.quota_bytes,
+            ),
+            state.apply,
+        )
+        return cls(config, bundle, log, state)
+
+    def __init__(self, config: Config, bundle: Bundle, log: DurableLog, state: RunState) -> None:
         run = config.run
-        self.bundle = Bundle.read(config.model.path)
-        self.epoch = raise_epoch(run.path)
+        self.bundle = bundle
+        self.log = log
         self.journal = Journal(run.path)
         self.control = RoleControl("learner", self.figures)
         self.intake = Intake(
             config,
-            self.epoch,
-            store or MemoryStore(),
+            log,
+            state,
             self.journal,
-            decode_stored,
             paused=lambda: self.control.state == control_pb2.ROLE_STATE_PAUSED,
         )
-        self.weights = WeightStore(self._committed)
-        self.trajectories = TrajectoryServicer(self.intake, self.epoch)
+        self.weights = WeightStore(self._committed, len(state.steps_behind))
+        self.weights.fence(state.trainer_epoch)
+        self.trajectories = TrajectoryServicer(self.intake)
         self.weight_servicer = WeightServicer(self.weights, self.bundle, self.journal, run.name)
         self.intake.on_room = self.trajectories.room_freed
         self._server = RoleServer(
@@ -69,23 +89,26 @@ class IntakeServer:
             self.control,
             MAX_MESSAGE_BYTES,
         )
-        self._clock: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> int:
         """Bind and serve. Returns the port."""
+        await self.log.flush()  # the epoch is durable before the port opens
         port = await self._server.bind()
-        self._clock = asyncio.create_task(self.intake.keep_time())
+        self._tasks = [
+            asyncio.create_task(self.intake.keep_time()),
+            asyncio.create_task(self.log.wait_failed()),
+        ]
         await self._server.set_serving()
         return port
 
     async def drained(self) -> None:
-        """Wait until the process is to end. Raises what stopped the clock, if anything did."""
-        assert self._clock is not None
+        """Wait until the process is to end. Raises what stopped the clock or the log."""
         draining = asyncio.create_task(self.control.draining.wait())
-        await asyncio.wait((draining, self._clock), return_when=asyncio.FIRST_COMPLETED)
-        if not draining.done():
-            draining.cancel()
-            await self._clock
+        done, _ = await asyncio.wait((draining, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        for task in done - {draining}:
+            task.result()
 
     async def stop(self, grace: float = 5.0) -> None:
         """End waiting calls, then running ones, then the process's state."""
@@ -94,19 +117,22 @@ class IntakeServer:
         await self.weights.close()
         self.trajectories.close()
         await self._server.stop(grace)
-        if self._clock:
-            self._clock.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.log.close()
         self.journal.close()
 
     def figures(self) -> Mapping[str, float]:
         """What ControlService tells."""
-        admission = self.intake.ledger.admission
+        state = self.intake.state
         served = self.weight_servicer.replica_versions.values()
         return {
-            "step": self.intake.ledger.num_completed,
-            "version": admission.version,
-            "epoch": self.epoch,
-            "store_bytes": self.intake.store.num_bytes,
+            "step": state.num_completed,
+            "version": state.admission.version,
+            "epoch": state.epoch,
+            "trainer_epoch": state.trainer_epoch,
+            "log_bytes": self.log.num_bytes,
             "actor_streams": len(self.trajectories.streams),
             "replicas": len(served),
             "lowest_replica_version": min(served, default=0),
@@ -114,7 +140,7 @@ class IntakeServer:
         }
 
     async def _committed(self, version: Version, seconds: float) -> None:
-        await self.intake.advance(version.version, version.step)
+        await self.intake.advance(version.version, version.step, version.epoch)
         self.journal.version(
             version.version,
             {
@@ -129,7 +155,7 @@ class IntakeServer:
         return [
             _service("Task", task_pb2_grpc, TaskServicer(self.intake, self.control)),
             _service("Trajectory", trajectory_pb2_grpc, self.trajectories),
-            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake)),
+            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake, self.weights.fence)),
             _service("Weight", weight_pb2_grpc, self.weight_servicer),
         ]
 
@@ -142,9 +168,11 @@ def _service(word: str, generated: object, servicer: object) -> Service:
 
 async def serve_intake(config: Config) -> int:
     """Serve the intake on config.learner.listen until drained. Returns the exit code."""
-    server = IntakeServer(config)
+    server = await IntakeServer.open(config)
     metrics.start_exporter(config.learner.metrics_listen, "learner")
     await server.start()
-    await server.drained()
-    await server.stop()
+    try:
+        await server.drained()
+    finally:
+        await server.stop()
     return 0

@@ -84,7 +84,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             sampling=self._sampling,
             max_turns=tasks.max_turns,
             max_tokens=tasks.max_tokens,
-            min_version=lease.min_version,
+            min_version=self.intake.ledger.min_version(lease),
             expires_after=self._expires_after,
         )
 

@@ -6,9 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from learner.log.segments import Location
+from understudy.v1.log_pb2 import EpisodeSummary
+
 
 class State(enum.Enum):
-    """Where a task key is. TRAINED and DROPPED are ends; a key is issued into WAITING."""
+    """Where a task key is.
+
+    A key is issued into WAITING. DROPPED is an end, and TRAINED becomes one once a checkpoint has
+    it behind itself: a trainer that starts from an older one takes it back to ASSIGNED.
+    """
 
     WAITING = "waiting"
     LEASED = "leased"
@@ -25,21 +32,6 @@ class TaskKey(NamedTuple):
     sample_index: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """What is kept in reach of a stored trajectory."""
-
-    task_id: str
-    level: int
-    reward: float
-    oldest_version: int | None
-    """Lowest policy version of any sampled token; None if nothing was sampled."""
-    num_tokens: int
-    num_sampled_tokens: int
-    num_turns: int
-    truncated: bool
-
-
 @dataclass(kw_only=True, slots=True, eq=False)
 class Sample:
     """One task key and its state."""
@@ -51,8 +43,10 @@ class Sample:
     """Lease that it is played under; 0 if it is not LEASED."""
     reason: str = ""
     """Why it was dropped."""
-    summary: Summary | None = None
-    """Set from STORED on."""
+    summary: EpisodeSummary | None = None
+    """Its trajectory in numbers; set from STORED on."""
+    location: Location | None = None
+    """Where the log has its trajectory; set from STORED on."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -73,6 +67,11 @@ class Group:
         """Every sample has ended, and at least two have a trajectory."""
         pending = self.in_state(State.WAITING, State.LEASED)
         return not pending and len(self.in_state(State.STORED)) >= 2
+
+    @property
+    def ended(self) -> bool:
+        """No sample is needed any more."""
+        return len(self.in_state(State.DROPPED)) == len(self.samples)
 
     @property
     def hopeless(self) -> bool:

@@ -8,16 +8,20 @@ that a burst of records costs one.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 from learner.intake.actors import Actors, Incarnation
 from learner.intake.credits import MAX_PAYLOAD_BYTES, Grant, Window, grant
-from learner.intake.intake import IDS_PER_EPOCH, Intake
-from learner.intake.records import Inspector
+from learner.intake.intake import Intake
+from learner.intake.ledger import IDS_PER_EPOCH
+from learner.intake.records import Inspector, decode_key
 from learner.intake.refusals import RefusedError, draining, mapped
-from understudy import metrics
+from understudy import failpoints, metrics
 from understudy.trajectory import MAX_DECODED_BYTES, TrajectoryError, decoded_size
-from understudy.v1 import trajectory_pb2, trajectory_pb2_grpc
+from understudy.v1 import log_pb2, trajectory_pb2, trajectory_pb2_grpc
+
+_log = logging.getLogger(__name__)
 
 Requests = AsyncIterator[trajectory_pb2.PushTrajectoriesRequest]
 Response = trajectory_pb2.PushTrajectoriesResponse
@@ -32,11 +36,11 @@ MAX_ACTOR_ID_BYTES = 64
 class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
     """Serves the streams of all actors."""
 
-    def __init__(self, intake: Intake, epoch: int) -> None:
+    def __init__(self, intake: Intake) -> None:
         self.intake = intake
-        self.epoch = epoch
+        self.epoch = epoch = intake.state.epoch
         self.run_id = intake.config.run.name
-        self.max_payload_bytes = min(MAX_PAYLOAD_BYTES, intake.config.learner.store_bytes)
+        self.max_payload_bytes = min(MAX_PAYLOAD_BYTES, intake.config.learner.log.buffer_bytes)
         self.actors = Actors(epoch * IDS_PER_EPOCH + 1)
         self.streams: set[Stream] = set()
         self.inspector = Inspector(intake, self.max_payload_bytes)
@@ -44,10 +48,12 @@ class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
 
     def grant(self) -> Grant:
         """Credits of one stream, as things stand."""
-        return grant(self.intake.free_bytes, len(self.streams), self.max_payload_bytes)
+        buffer_bytes = self.intake.config.learner.log.buffer_bytes
+        free = 0 if self.intake.log.throttled else buffer_bytes
+        return grant(free, len(self.streams), self.max_payload_bytes)
 
     def room_freed(self) -> None:
-        """Streams that were left without credits get some."""
+        """Streams that were left without credits, if there are any, get some."""
         for stream in self.streams:
             if not stream.window.current.records:
                 stream.wake.set()
@@ -159,7 +165,8 @@ class Stream:
         self._acked = self.incarnation.next_sequence
         acked = self._acked
         self.window.open(self.servicer.grant())
-        await self.servicer.intake.store.flush()
+        await self.servicer.intake.log.flush()
+        failpoints.hit("intake.before_ack")
         return trajectory_pb2.Ack(next_sequence=acked, credits=self._credits())
 
     def _credits(self) -> trajectory_pb2.Credits:
@@ -167,27 +174,56 @@ class Stream:
         return trajectory_pb2.Credits(records=current.records, payload_bytes=current.payload_bytes)
 
     async def _take(self, record: trajectory_pb2.TrajectoryRecord) -> None:
-        self._check_envelope(record)
-        self._compressed_bytes.inc(len(record.payload))
+        payload = record.payload
+        self._check_envelope(record, len(payload))
+        self._compressed_bytes.inc(len(payload))
+        origin = log_pb2.RecordOrigin(
+            actor_id=self.actor_id,
+            incarnation=self.incarnation.number,
+            sequence=record.sequence,
+        )
         if record.sequence < self.incarnation.next_sequence:
-            metrics.TRAJECTORIES_DUPLICATE.inc()
+            self._take_again(record, payload, origin)
             return
+        await self.servicer.intake.log.room()
         try:
-            taken = await self.servicer.inspector.take(record)
+            taken = await self.servicer.inspector.take(record, payload, origin)
         except TrajectoryError as error:
-            self._nacks.append(
-                trajectory_pb2.Nack(
-                    sequence=record.sequence, reason=error.reason, detail=error.detail
-                )
-            )
+            self._reject(record.sequence, error.reason, error.detail)
         else:
             if taken:
-                self._raw_bytes.inc(decoded_size(record))
+                self._raw_bytes.inc(decoded_size(payload, record.encoding))
             else:
                 metrics.TRAJECTORIES_DUPLICATE.inc()
-        self.incarnation.next_sequence += 1
+        self.incarnation.answered(record.payload_digest)
 
-    def _check_envelope(self, record: trajectory_pb2.TrajectoryRecord) -> None:
+    def _take_again(
+        self,
+        record: trajectory_pb2.TrajectoryRecord,
+        payload: bytes,
+        origin: log_pb2.RecordOrigin,
+    ) -> None:
+        """A sequence number that was answered before: a resend, or another record."""
+        metrics.TRAJECTORIES_DUPLICATE.inc()
+        if not self.incarnation.conflicts(record.sequence, record.payload_digest):
+            return
+        _log.error(
+            "actor %r sent two records as %d of incarnation %d; the second is in quarantine",
+            self.actor_id,
+            record.sequence,
+            origin.incarnation,
+        )
+        self.servicer.intake.ledger.answer(
+            origin, decode_key(record), log_pb2.ANSWER_CONFLICT, "CONFLICT", payload
+        )
+        self._reject(
+            record.sequence, "CONFLICT", "another record had this sequence number; renumber it"
+        )
+
+    def _reject(self, sequence: int, reason: str, detail: str) -> None:
+        self._nacks.append(trajectory_pb2.Nack(sequence=sequence, reason=reason, detail=detail))
+
+    def _check_envelope(self, record: trajectory_pb2.TrajectoryRecord, size: int) -> None:
         if record.epoch != self.servicer.epoch:
             raise RefusedError(
                 "OLD_EPOCH", f"record.epoch {record.epoch}; this intake's is {self.servicer.epoch}"
@@ -203,6 +239,5 @@ class Stream:
                 "OUT_OF_ORDER",
                 f"record.sequence {record.sequence}; expected is {self.incarnation.next_sequence}",
             )
-        size = len(record.payload)
         # One that is too large is rejected by its own name, not for the credits that it takes.
         self.window.take(size if size <= self.servicer.max_payload_bytes else 0)

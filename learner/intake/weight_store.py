@@ -41,10 +41,16 @@ class Announcement(NamedTuple):
 
 
 class WeightStore:
-    """Owns the versions of a run. Full copies only: the newest, and older ones while fetched."""
+    """Owns the versions of a run. Full copies only: the newest, and older ones while fetched.
 
-    def __init__(self, on_commit: OnCommit) -> None:
+    Args:
+        on_commit: see OnCommit.
+        num_versions: versions that were issued before; none of their numbers is used again.
+    """
+
+    def __init__(self, on_commit: OnCommit, num_versions: int = 0) -> None:
         self._on_commit = on_commit
+        self._num_versions = num_versions
         self._changed = asyncio.Condition()
         self._closed = False
         self._epoch = 0
@@ -56,8 +62,12 @@ class WeightStore:
 
     @property
     def newest_version(self) -> int:
-        """Number of the newest version; 0 before the first."""
+        """Number of the newest version that is held; 0 before the first."""
         return self._newest.version if self._newest else 0
+
+    def fence(self, epoch: int) -> None:
+        """Refuse parts of trainers before this epoch."""
+        self._epoch = max(self._epoch, epoch)
 
     async def close(self) -> None:
         """Refuse what waits and what comes."""
@@ -73,7 +83,7 @@ class WeightStore:
         its deadline passed, the publication is discarded whole.
 
         Raises:
-            RefusedError: OLD_EPOCH, STEP_OUT_OF_ORDER, WRONG_BASE, PART_CONFLICT, BAD_MANIFEST.
+            RefusedError: OLD_EPOCH, WRONG_BASE, PART_CONFLICT, BAD_MANIFEST.
         """
         publication = await self._join(part)
         try:
@@ -124,13 +134,6 @@ class WeightStore:
                 raise RefusedError(
                     "OLD_EPOCH", f"epoch {part.epoch}; a trainer of {self._epoch} was here"
                 )
-            if self._newest and part.step < self._newest.step:
-                raise RefusedError(
-                    "STEP_OUT_OF_ORDER",
-                    f"step {part.step}: version {self.newest_version} has {self._newest.step} "
-                    "steps behind it, and a trainer that starts anew cannot take up a run in its "
-                    "middle; start a new run under another run.name",
-                )
             if part.epoch > self._epoch and self._publication:
                 self._give_up(self._publication, f"epoch {part.epoch} took over")
             self._epoch = part.epoch
@@ -161,7 +164,7 @@ class WeightStore:
         slices = tuple(piece for upload in publication.uploads for piece in upload.part.slices)
         self._layout = check_cover(slices, self._layout)
         version = Version(
-            version=self.newest_version + 1,
+            version=self._num_versions + 1,
             step=publication.step,
             epoch=publication.epoch,
             slices=slices,
@@ -171,6 +174,7 @@ class WeightStore:
         seconds = time.perf_counter() - publication.started
         # Whoever samples with a version must find it known when the tokens come back.
         await self._on_commit(version, seconds)
+        self._num_versions += 1
         self._newest = version
         self._held[version.version] = version
         self._publication = None

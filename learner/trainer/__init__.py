@@ -7,8 +7,8 @@ microbatches.py   sequences of like length together  update.py      one batch's 
 model.py          the policy as an FSDP2 module      losses/        one pure function a file
 logprobs.py       chosen tokens' log-probabilities   advantages.py  rewards -> advantages
 optimizer.py      AdamW, schedules, clipping         report.py      what a step measured
-ranks.py          process group and collectives      epoch.py       a fence that rises per start
-checkpoint.py     save as a Hugging Face folder      publish.py     weights to the store
+checkpoints/      saved beside the loop, resumed     model_folder.py  save for Hugging Face
+ranks.py          process group and collectives      publish.py     weights to the store
 scratch.py        a small model from nothing         shards.py      shard -> checkpoint slices
 tokenizer.py      its tokenizer                      intake_client.py, calls.py   gRPC
 """

@@ -1,18 +1,21 @@
 """The trainer's side of BatchService."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
 
 from learner.trainer.calls import patiently
 from learner.trainer.ranks import Ranks
-from understudy.config import NetworkConfig
+from understudy.config import Config
+from understudy.rpc import error_reason
 from understudy.v1 import batch_pb2, batch_pb2_grpc
 
 ASK_SECONDS = 60.0
 """Deadline of one NextBatch call; while there is no batch, the trainer asks again."""
-COMPLETE_SECONDS = 10.0
+CALL_SECONDS = 10.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,41 +28,99 @@ class BatchShare:
     """The rank's own trajectories; may be empty."""
 
 
+class _NoWeightsError(Exception):
+    """The weight store is empty: the intake has started anew."""
+
+
 class IntakeClient:
-    """Takes batches and reports completed steps."""
+    """Takes batches and reports what became of them.
 
-    def __init__(self, channel: grpc.Channel, network: NetworkConfig, ranks: Ranks) -> None:
+    All methods raise PeerUnreachableError when the intake went away and stayed away, and
+    UnderstudyError when it refuses.
+    """
+
+    def __init__(self, channel: grpc.Channel, config: Config, ranks: Ranks) -> None:
         self._stub = batch_pb2_grpc.BatchServiceStub(channel)
-        self._network = network
+        self._run_id = config.run.name
+        self._network = config.network
         self._ranks = ranks
+        self.epoch = 0
+        """Of this trainer; 0 before start_training."""
 
-    def next_batch(self, step: int) -> BatchShare:
+    def start_training(self, step: int, ledger_digest: bytes) -> int:
+        """Begin this trainer's epoch and return it. Every rank calls it; rank 0 asks.
+
+        Args:
+            step: steps behind the weights.
+            ledger_digest: of the batches of those steps.
+        """
+        if self._ranks.rank == 0:
+            request = batch_pb2.StartTrainingRequest(
+                run_id=self._run_id, step=step, ledger_digest=ledger_digest
+            )
+            response = patiently(
+                lambda: self._stub.StartTraining(request, timeout=CALL_SECONDS), self._network
+            )
+            self.epoch = response.epoch
+        self.epoch = int(self._ranks.max([self.epoch])[0])
+        return self.epoch
+
+    def next_batch(self, step: int, publish: Callable[[], object]) -> BatchShare:
         """Wait for the step's batch, as long as it takes, and return this rank's share.
 
-        Raises:
-            PeerUnreachableError: when the intake went away and stayed away.
-            UnderstudyError: when it refuses.
+        Args:
+            step: the next one.
+            publish: publishes the present weights; called on all ranks together if the intake has
+                lost its copy by a restart, since without weights nobody plays.
         """
+        share = None
         while True:
-            share = patiently(lambda: self._ask(step), self._network)
-            if share is not None:
+            if share is None:
+                share = self._ask_patiently(step)
+            [lost] = self._ranks.max([share is None])
+            if not lost:
+                assert share is not None
                 return share
+            _log.warning("the intake has started anew; publishing the weights again")
+            publish()
 
     def complete_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Say that a step was taken. Raises like next_batch."""
-        request = batch_pb2.CompleteStepRequest(step=step, metrics=metrics)
-        patiently(lambda: self._stub.CompleteStep(request, timeout=COMPLETE_SECONDS), self._network)
+        """Say that a step was taken."""
+        request = batch_pb2.CompleteStepRequest(step=step, metrics=metrics, epoch=self.epoch)
+        patiently(lambda: self._stub.CompleteStep(request, timeout=CALL_SECONDS), self._network)
+
+    def record_checkpoint(self, step: int, oldest_kept_step: int, digest: bytes) -> None:
+        """Say that a checkpoint is durable."""
+        request = batch_pb2.RecordCheckpointRequest(
+            step=step, oldest_kept_step=oldest_kept_step, epoch=self.epoch, manifest_digest=digest
+        )
+        patiently(lambda: self._stub.RecordCheckpoint(request, timeout=CALL_SECONDS), self._network)
+
+    def _ask_patiently(self, step: int) -> BatchShare | None:
+        """This rank's share; None if the intake has no weights."""
+        while True:
+            try:
+                share = patiently(lambda: self._ask(step), self._network)
+            except _NoWeightsError:
+                return None
+            if share is not None:
+                return share
 
     def _ask(self, step: int) -> BatchShare | None:
         """One call; None if there was no batch before its deadline."""
         request = batch_pb2.NextBatchRequest(
-            step=step, rank=self._ranks.rank, world_size=self._ranks.world_size
+            step=step,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            epoch=self.epoch,
         )
         try:
             header, *rest = self._stub.NextBatch(request, timeout=ASK_SECONDS)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
+            if error_reason(error) == "NO_WEIGHTS":
+                raise _NoWeightsError from error
             raise
         return BatchShare(
             header=header.header, trajectories=tuple(message.trajectory for message in rest)

@@ -60,6 +60,8 @@ class Publisher:
         num_tokens = min(PROBE_TOKENS, self._max_probe)
         self._probe_tokens: IntArray = generator.integers(vocab_size, size=num_tokens, dtype="i4")
         self._probe_is_real = False
+        self.version = 0
+        """Policy version of what was published last."""
 
     def probe_with(self, samples: Sequence[TokenSequence]) -> None:
         """Take the first sequence that was really played as the probe from now on."""
@@ -67,8 +69,8 @@ class Publisher:
             self._probe_tokens = samples[0].token_ids[: self._max_probe]
             self._probe_is_real = True
 
-    def publish(self, step: int) -> int:
-        """Publish the weights after `step` optimizer steps and return their version.
+    def publish(self, step: int) -> None:
+        """Publish the weights after `step` optimizer steps; `version` is theirs then.
 
         Raises:
             PeerUnreachableError: when the store went away and stayed away.
@@ -84,7 +86,8 @@ class Publisher:
             version = self._send(header, [values for _, values in slices])
             [failed] = self._ranks.max([float(version == 0)])
             if not failed:
-                return version
+                self.version = version
+                return
             # The clock of one rank must not leave another in the collective: all ask alike.
             [late] = self._ranks.max([float(time.monotonic() > give_up)])
             if late:

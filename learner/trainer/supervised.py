@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from learner.trainer.checkpoint import save_model
 from learner.trainer.conversations import read_conversations
 from learner.trainer.microbatches import TokenSequence, cut, microbatches, padding_share
 from learner.trainer.model import Policy, defer_gradients, load_policy
+from learner.trainer.model_folder import save_model
 from learner.trainer.optimizer import Optimizer, cosine
 from learner.trainer.ranks import Ranks
 from understudy.chat import ChatFormat

@@ -48,7 +48,8 @@ class Updater:
         self._config = config.learner.train
         self._temperature = config.learner.tasks.temperature
         self._ranks = ranks
-        self._num_updates = 0
+        self.num_updates = 0
+        """Optimizer steps taken, which the learning rate goes by."""
 
     def update(
         self,
@@ -78,7 +79,7 @@ class Updater:
                 with clock.phase("optimizer"):
                     rate = self._learning_rate()
                     norm = self._optimizer.step(rate)
-                self._num_updates += 1
+                self.num_updates += 1
         return sums.figures(self._ranks) | {"grad_norm": norm, "learning_rate": rate}
 
     def _divide(self, samples: Sequence[Sample]) -> list[list[Microbatch[Sample]]]:
@@ -143,4 +144,4 @@ class Updater:
         return torch.from_numpy(column).to(self._ranks.device)
 
     def _learning_rate(self) -> float:
-        return warmed_up(self._num_updates, self._config.learning_rate, self._config.warmup_steps)
+        return warmed_up(self.num_updates, self._config.learning_rate, self._config.warmup_steps)

@@ -177,7 +177,7 @@ class Uplink:
             payload=payload,
             payload_digest=hashlib.sha256(payload).digest(),
         )
-        self._raw_bytes.inc(decoded_size(record))
+        self._raw_bytes.inc(decoded_size(payload, record.encoding))
         self._compressed_bytes.inc(len(payload))
         async with self._changed:
             await self._changed.wait_for(lambda: not self._records or self._fits(len(payload)))

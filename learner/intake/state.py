@@ -1,0 +1,223 @@
+"""What a run's log adds up to: the state that its entries lead to, one after another.
+
+    issue -> WAITING -> LEASED -> STORED -> ASSIGNED <-> TRAINED
+                ^          |         |
+                +----------+         +-> DROPPED{reason}, from WAITING and LEASED too:
+             expired, failed             failed, stale, short_group, uniform_group,
+                                         or the reason of a refused record
+
+Plain and synchronous. The ledger decides what happens, writes it to the log and applies it here; a
+start applies what the log has. Both go the same way, so that a restart changes nothing.
+"""
+
+import bisect
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from learner.intake.admission import Admission
+from learner.intake.batches import Batch, batch_of
+from learner.intake.leases import Leases
+from learner.intake.tasks import Balance, Ended, Group, Sample, State, TaskKey, count_balance
+from learner.log.segments import Location
+from understudy.config import TasksConfig
+from understudy.v1 import common_pb2, log_pb2
+
+
+class RunState:
+    """Every task key of a run in exactly one state, and what goes with it.
+
+    Args:
+        tasks: what is played.
+        steps: steps of the run.
+        clock: seconds; leases that the log holds begin anew when they are applied.
+    """
+
+    def __init__(
+        self, tasks: TasksConfig, steps: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.tasks = tasks
+        self.admission = Admission(tasks=tasks, steps=steps)
+        self.leases = Leases(tasks.lease_seconds)
+        self.epoch = 0
+        """Newest intake's."""
+        self.trainer_epoch = 0
+        """Newest trainer's."""
+        self.steps_behind: list[int] = []
+        """Steps behind each version, from version 1 on."""
+        self.num_groups = 0
+        self.num_closed = 0
+        """Batches closed; also the step whose batch comes next."""
+        self.num_completed = 0
+        """Steps taken by the present trainer's policy."""
+        self.ledger_digests: list[bytes] = [b""]
+        """By step: SHA-256 over all batches before it, as BatchHeader tells it."""
+        self.oldest_step = 0
+        """Steps behind the oldest checkpoint that is kept: batches from it on are held."""
+        self.waiting: list[Sample] = []
+        """Samples that nobody plays, by task key: the oldest group is the most urgent."""
+        self.open: dict[int, Group] = {}
+        """Groups that are in no batch, by ordinal, in order of issue."""
+        self.batches: dict[int, Batch] = {}
+        """Closed batches by step."""
+        self._groups: dict[int, Sequence[Group]] = {}
+        self._clock = clock
+        self._num_issued = 0
+        self._ended: Ended = Counter()
+
+    def apply(self, entry: log_pb2.LogEntry, location: Location) -> None:
+        """Take an entry of the log that stands at a location."""
+        event = entry.WhichOneof("event") or ""
+        if handler := _HANDLERS.get(event):
+            handler(self, getattr(entry, event), location)
+
+    # Questions.
+
+    def find(self, key: TaskKey) -> Sample | None:
+        """The sample of a task key in an open group."""
+        group = self.open.get(key.ordinal)
+        # A run that is taken up may have another group size now.
+        found = group and key.sample_index < len(group.samples)
+        return group.samples[key.sample_index] if group and found else None
+
+    def pending(self, key: TaskKey) -> Sample | None:
+        """The sample of a task key if it still needs a trajectory."""
+        sample = self.find(key)
+        return sample if sample and sample.state in (State.WAITING, State.LEASED) else None
+
+    def balance(self) -> Balance:
+        """Count every task key that was ever issued."""
+        return count_balance(self._num_issued, self._held(), self._ended)
+
+    def oldest_segment(self) -> int | None:
+        """Oldest log segment with a trajectory that may still be asked for; None without any."""
+        locations = (sample.location for sample in self._held() if _is_needed(sample))
+        return min((location.segment for location in locations if location), default=None)
+
+    def _held(self) -> Iterable[Sample]:
+        for groups in (self.open.values(), *self._groups.values()):
+            for group in groups:
+                yield from group.samples
+
+    # Epochs and versions.
+
+    def _on_intake_started(self, event: log_pb2.IntakeStarted, _: Location) -> None:
+        self.epoch = event.epoch
+
+    def _on_trainer_started(self, event: log_pb2.TrainerStarted, _: Location) -> None:
+        self.trainer_epoch = event.epoch
+        self.admission = replace(self.admission, first_version=len(self.steps_behind) + 1)
+        for step in range(event.step, self.num_completed):
+            self._move(self._groups[step], State.TRAINED, State.ASSIGNED)
+        self.num_completed = event.step
+
+    def _on_version_published(self, event: log_pb2.VersionPublished, _: Location) -> None:
+        self.steps_behind.append(event.step)
+        first = self.admission.first_version
+        self.admission = self.admission.advanced(event.version, event.step, first)
+
+    # Samples.
+
+    def _on_group_issued(self, event: log_pb2.GroupIssued, _: Location) -> None:
+        samples = [Sample(key=TaskKey(event.ordinal, i)) for i in range(event.num_samples)]
+        self.open[event.ordinal] = Group(ordinal=event.ordinal, batch=event.batch, samples=samples)
+        self.waiting += samples
+        self.num_groups = event.ordinal + 1
+        self._num_issued += len(samples)
+
+    def _on_sample_leased(self, event: log_pb2.SampleLeased, _: Location) -> None:
+        sample = self._sample(event.task_key)
+        self._withdraw(sample)
+        self.leases.add(event.lease_id, sample, event.actor_id, self._clock())
+        sample.lease_id = event.lease_id
+        sample.state = State.LEASED
+
+    def _on_sample_returned(self, event: log_pb2.SampleReturned, _: Location) -> None:
+        sample = self._sample(event.task_key)
+        self._withdraw(sample)
+        sample.num_failures += event.failed
+        sample.state = State.WAITING
+        bisect.insort(self.waiting, sample, key=_key)
+
+    def _on_trajectory_stored(self, event: log_pb2.TrajectoryStored, location: Location) -> None:
+        sample = self._sample(event.task_key)
+        self._withdraw(sample)
+        sample.summary = event.summary
+        sample.location = location
+        sample.state = State.STORED
+
+    def _on_sample_dropped(self, event: log_pb2.SampleDropped, _: Location) -> None:
+        sample = self._sample(event.task_key)
+        self._withdraw(sample)
+        _drop(sample, event.reason)
+        group = self.open[sample.key.ordinal]
+        if group.ended:
+            del self.open[group.ordinal]
+            self._forget(group)
+
+    def _sample(self, key: common_pb2.TaskKey) -> Sample:
+        return self.open[key.ordinal].samples[key.sample_index]
+
+    def _withdraw(self, sample: Sample) -> None:
+        """Nobody is to play a sample any more."""
+        if sample.state is State.LEASED:
+            self.leases.remove(sample.lease_id)
+            sample.lease_id = 0
+        elif sample.state is State.WAITING:
+            del self.waiting[bisect.bisect_left(self.waiting, sample.key, key=_key)]
+
+    # Batches.
+
+    def _on_batch_assigned(self, event: log_pb2.BatchAssigned, _: Location) -> None:
+        groups = [self.open.pop(assigned.ordinal) for assigned in event.groups]
+        self.batches[event.step] = batch_of(event, groups)
+        self._groups[event.step] = groups
+        for group, assigned in zip(groups, event.groups, strict=True):
+            if assigned.uniform:
+                for sample in group.in_state(State.STORED):
+                    _drop(sample, "uniform_group")
+        self._move(groups, State.STORED, State.ASSIGNED)
+        self.num_closed = event.step + 1
+        written = event.SerializeToString(deterministic=True)
+        self.ledger_digests.append(hashlib.sha256(self.ledger_digests[-1] + written).digest())
+
+    def _on_step_completed(self, event: log_pb2.StepCompleted, _: Location) -> None:
+        self._move(self._groups[event.step], State.ASSIGNED, State.TRAINED)
+        self.num_completed = event.step + 1
+
+    def _on_checkpoint_saved(self, event: log_pb2.CheckpointSaved, _: Location) -> None:
+        for step in range(self.oldest_step, event.oldest_kept_step):
+            del self.batches[step]
+            for group in self._groups.pop(step):
+                self._forget(group)
+        self.oldest_step = max(self.oldest_step, event.oldest_kept_step)
+
+    def _move(self, groups: Iterable[Group], source: State, target: State) -> None:
+        for group in groups:
+            for sample in group.in_state(source):
+                sample.state = target
+
+    def _forget(self, group: Group) -> None:
+        self._ended.update((sample.state, sample.reason) for sample in group.samples)
+
+
+def _key(sample: Sample) -> TaskKey:
+    return sample.key
+
+
+def _drop(sample: Sample, reason: str) -> None:
+    sample.state = State.DROPPED
+    sample.reason = reason
+
+
+def _is_needed(sample: Sample) -> bool:
+    return sample.state in (State.STORED, State.ASSIGNED, State.TRAINED)
+
+
+_HANDLERS: dict[str, Callable[[RunState, object, Location], None]] = {
+    name.removeprefix("_on_"): handler
+    for name, handler in vars(RunState).items()
+    if name.startswith("_on_")
+}
