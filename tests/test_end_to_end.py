@@ -144,3 +144,42 @@ def test_ctrl_c_ends_every_process_within_ten_seconds(config_file: Path) -> None
     finally:
         run.kill()
     assert lines_of(config_file, "step", "interrupted")
+
+
+@pytest.mark.timeout(280)
+def test_a_killed_run_goes_on_where_it_was_and_replays_bit_for_bit(config_file: Path) -> None:
+    steps = 6
+    words = ["--set", "run.name=killed", "--set", f"learner.train.steps={steps}"]
+    words += ["--set", "learner.checkpoint_every_steps=2"]
+    run = start(config_file, *words)
+    deadline = time.monotonic() + 150
+    while len(lines_of(config_file, "step", "killed")) < 3:
+        assert run.poll() is None, run.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = [psutil.Process(run.pid), *descendants(run.pid)]
+    for process in family:
+        process.kill()
+    assert_all_end(family)
+    run.communicate()
+
+    run = start(config_file, *words)
+    _, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, errors[-4000:]
+    taken = [line["step"] for line in lines_of(config_file, "step", "killed")]
+    assert taken[:3] == [0, 1, 2]
+    assert taken[-1] == steps - 1
+    assert set(taken) == set(range(steps))
+    assert 0 < taken.count(2) <= 2
+    versions = [line["version"] for line in lines_of(config_file, "version", "killed")]
+    assert versions == list(range(1, len(versions) + 1))
+
+    folder = config_file.parent / "killed"
+    replayed = subprocess.run(
+        [sys.executable, "-m", "understudy.cli", "replay", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert replayed.returncode == 0, replayed.stderr[-4000:]
+    assert "equal, bit for bit" in replayed.stdout
