@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.suite import TOOL_SECONDS
-from understudy.client import WeightClient
+from understudy.client import BatchClient, WeightClient
 from understudy.config import Config, write_config
 from understudy.process import prepare_process
 from understudy.supervisor import Supervisor
@@ -91,8 +91,8 @@ def _line(
 
 def _config(folder: Path, concurrency: int) -> Config:
     _write_bundle(folder / "model")
-    listen = {role: _free_address() for role in ROLES}
-    scrape = {role: _free_address() for role in ROLES}
+    listen = {role: free_address() for role in ROLES}
+    scrape = {role: free_address() for role in ROLES}
     return Config.model_validate(
         {
             "run": {"name": "bench", "directory": folder},
@@ -124,7 +124,8 @@ def _config(folder: Path, concurrency: int) -> Config:
     )
 
 
-def _free_address() -> str:
+def free_address() -> str:
+    """An address of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
@@ -139,7 +140,7 @@ def _start(supervisor: Supervisor, config: Config, config_file: Path) -> None:
     }
     for name, words in commands.items():
         if name == "actor":
-            asyncio.run(_publish(config))
+            asyncio.run(publish(config))
             supervisor.wait_serving("inference", config.inference.listen, config.network, 60)
         arguments = ["-m", "understudy.cli", *words, "--config", str(config_file)]
         supervisor.start(name, [sys.executable, *arguments])
@@ -147,10 +148,13 @@ def _start(supervisor: Supervisor, config: Config, config_file: Path) -> None:
             supervisor.wait_serving("intake", config.learner.listen, config.network, 60)
 
 
-async def _publish(config: Config) -> None:
+async def publish(config: Config) -> None:
+    """Play the trainer: start, and publish a first version."""
     tensors = {"model.norm.weight": np.zeros(16, np.float32)}
+    async with BatchClient(config.network.learner, config.network) as batches:
+        epoch = await batches.start_training(config.run.name)
     async with WeightClient(config.network.learner, config.network) as learner:
-        await learner.publish(tensors, step=0, epoch=1, run_id=config.run.name)
+        await learner.publish(tensors, step=0, epoch=epoch, run_id=config.run.name)
 
 
 def _wait_for_tasks(config: Config, concurrency: int) -> None:

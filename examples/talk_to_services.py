@@ -89,7 +89,7 @@ async def tour(config: Config) -> None:
 
         # BatchService: the trainer's. Errors carry a reason in capitals and a remedy in words.
         try:
-            await batches.next_batch(step=2**40)
+            await batches.next_batch(step=0)  # without start_training, which fences the trainer
         except grpc.aio.AioRpcError as error:
             print(f"{error.code().name} ({error_reason(error)}): {error.details()}")
 

@@ -1,2 +1,4 @@
-"""The learner: the intake process (`intake`), its durable log (`log`), the trainer ranks (`trainer`);
-`audit`, `export` and `replay` work from the log of a run alone."""
+"""The learner: the intake process (`intake`), the trainer ranks (`trainer`), the run's log (`log`).
+
+`audit`, `export` and `replay` work from the log of a run alone.
+"""

@@ -202,20 +202,24 @@ async def _train(address: str, config: Config, steps: int) -> list[batch_pb2.Bat
     async with TaskClient.connect(address) as client:
         stub = batch_pb2_grpc.BatchServiceStub(client.channel)
         for step in range(steps):
-            request = batch_pb2.NextBatchRequest(step=step, rank=0, world_size=1)
+            request = batch_pb2.NextBatchRequest(step=step, world_size=1, epoch=1)
             async for response in stub.NextBatch(request, timeout=30):
                 if response.HasField("header"):
                     headers.append(response.header)
-            await stub.CompleteStep(batch_pb2.CompleteStepRequest(step=step), timeout=10)
+            done = batch_pb2.CompleteStepRequest(step=step, epoch=1)
+            await stub.CompleteStep(done, timeout=10)
     return headers
 
 
 @asynccontextmanager
-async def intake(config: Config) -> AsyncIterator[tuple[IntakeServer, str]]:
-    """A real intake that has seen version 1."""
-    server = IntakeServer(config)
+async def intake(config: Config, published: bool = True) -> AsyncIterator[tuple[IntakeServer, str]]:
+    """A real intake, with a trainer that has published unless told otherwise."""
+    server = await IntakeServer.open(config)
     port = await server.start()
-    await server.intake.advance(1, 0)
+    if published:
+        epoch = await server.intake.start_training(0, b"")
+        version = len(server.intake.state.steps_behind) + 1
+        await server.intake.advance(version, 0, epoch)
     try:
         yield server, f"127.0.0.1:{port}"
     finally:
@@ -287,7 +291,8 @@ async def test_an_actor_whose_name_was_taken_ends_with_the_reason(
                 await rival.push(make_lease("echo", 0), trajectory)
                 await rival.flush()
             server.intake.ledger.end_with(3)
-            await server.intake.advance(1, 1)
+            state = server.intake.state  # more to play, and for version 1
+            state.admission = state.admission.advanced(1, 1, 1)
             with pytest.raises(PushRefusedError, match="names of living actors are unique"):
                 await acting
 

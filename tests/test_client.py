@@ -74,6 +74,7 @@ async def test_what_is_pushed_comes_back_in_a_batch(tmp_path: Path) -> None:
             assert counted[0] > 4 * 12 * 4  # four trajectories of twelve int32 tokens
             assert counted[1] > 0
 
+            await batches.start_training("run")
             batch = await batches.next_batch(0)
             assert (batch.header.step, batch.header.num_trajectories) == (0, 4)
             for item in batch.trajectories:
@@ -81,7 +82,8 @@ async def test_what_is_pushed_comes_back_in_a_batch(tmp_path: Path) -> None:
                 assert rewards[item.reward_index] == item.trajectory.reward
                 assert item.trajectory.num_tokens == 12
             await batches.complete_step(0, {"loss": 0.5})
-            assert rig.intake.ledger.num_completed == 1
+            await batches.record_checkpoint(1, b"digest", oldest_kept_step=0)
+            assert rig.intake.state.num_completed == 1
 
 
 async def test_a_rejected_trajectory_is_raised_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from envserver.servicer import EnvironmentServicer
 from examples import talk_to_services
 from examples.word_count import Note
 from test_actor import CALL, engine, environments, intake, make_config
-from understudy.client import EnvironmentClient, WeightClient
+from understudy.client import BatchClient, EnvironmentClient, WeightClient
 from understudy.config import EnvserverConfig, write_config
 from understudy.rpc import RoleControl, Service, error_reason
 from understudy.v1 import environment_pb2_grpc
@@ -129,7 +129,12 @@ async def test_reflect_calls_every_service(tmp_path: Path, bundle: Path) -> None
                     ['{"hello": {"actorId": "a"}}'],
                     '"maxPayloadBytes"',
                 ),
-                (learner, "BatchService/NextBatch", ['{"step": 9, "worldSize": 1}'], "step 0 is"),
+                (
+                    learner,
+                    "BatchService/NextBatch",
+                    ['{"step": 9, "worldSize": 1, "epoch": 1}'],
+                    "step 0 is",
+                ),
                 (learner, "WeightService/FetchModelBundle", [], '"tokenizer.json"'),
                 (inference, "InferenceService/DescribeModel", [], '"engine": "scripted"'),
                 (
@@ -151,9 +156,11 @@ async def test_the_tour_plays_an_episode_that_the_learner_keeps(
     tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with environments() as environment, engine(bundle, [CALL, "0"]) as inference:
-        async with intake(make_config(tmp_path, bundle)) as (server, learner):
+        async with intake(make_config(tmp_path, bundle), published=False) as (server, learner):
+            async with BatchClient.connect(learner) as batches:
+                epoch = await batches.start_training("run")
             async with WeightClient.connect(learner) as weights:
-                await weights.publish({"w": np.ones(4, "f4")}, step=0, epoch=1, run_id="run")
+                await weights.publish({"w": np.ones(4, "f4")}, step=0, epoch=epoch, run_id="run")
             network = {"learner": learner, "inference": [inference], "envservers": [environment]}
             file = write_config(make_config(tmp_path, bundle, network=network), tmp_path)
             await talk_to_services.tour(talk_to_services.load_config(file))
@@ -164,4 +171,4 @@ async def test_the_tour_plays_an_episode_that_the_learner_keeps(
     assert "echo-0: 2 turns, reward 1.0" in said
     assert "version 1 has 0 steps behind it" in said
     assert "tokens sent and acked" in said
-    assert "FAILED_PRECONDITION (STEP_OUT_OF_ORDER): step 1099511627776" in said
+    assert "FAILED_PRECONDITION (OLD_EPOCH): epoch 0; the present trainer's is 1" in said

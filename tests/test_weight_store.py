@@ -231,6 +231,7 @@ async def test_a_newer_trainer_fences_the_older(tmp_path: Path) -> None:
     async with running(make_config(tmp_path), version=False) as rig:
         waiting = asyncio.create_task(rig.publish_part(*halves(epoch=1)[0]))
         await asyncio.sleep(0.05)
+        assert await rig.train() == 2
         newer = [rig.publish_part(*part) for part in halves(epoch=2)]
         assert await reasons_of(*newer) == ["1", "1"]
         assert await reason_of(waiting) == "PUBLICATION_DISCARDED"

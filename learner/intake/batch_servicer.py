@@ -1,6 +1,6 @@
 """BatchService: decodes, calls, encodes."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from learner.intake.batches import Batch, BatchItem
@@ -39,7 +39,7 @@ class BatchSource(Protocol):
 class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
     """Feeds the trainer ranks."""
 
-    def __init__(self, source: BatchSource, fence: Callable[[int], None]) -> None:
+    def __init__(self, source: BatchSource, fence: Callable[[int], Awaitable[None]]) -> None:
         self.source = source
         self.fence = fence
         """Told of each new trainer's epoch."""
@@ -52,7 +52,7 @@ class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
             if request.run_id != served:
                 raise RefusedError("RUN_MISMATCH", f"run_id {request.run_id!r}; served: {served!r}")
             epoch = await self.source.start_training(request.step, request.ledger_digest)
-            self.fence(epoch)
+            await self.fence(epoch)
         return batch_pb2.StartTrainingResponse(epoch=epoch)
 
     async def NextBatch(

@@ -76,8 +76,7 @@ class IntakeServer:
             self.journal,
             paused=lambda: self.control.state == control_pb2.ROLE_STATE_PAUSED,
         )
-        self.weights = WeightStore(self._committed, len(state.steps_behind))
-        self.weights.fence(state.trainer_epoch)
+        self.weights = WeightStore(self._committed, len(state.steps_behind), state.trainer_epoch)
         self.trajectories = TrajectoryServicer(self.intake)
         self.weight_servicer = WeightServicer(self.weights, self.bundle, self.journal, run.name)
         self.intake.on_room = self.trajectories.room_freed

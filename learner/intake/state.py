@@ -20,7 +20,7 @@ from dataclasses import replace
 from learner.intake.admission import Admission
 from learner.intake.batches import Batch, batch_of
 from learner.intake.leases import Leases
-from learner.intake.tasks import Balance, Ended, Group, Sample, State, TaskKey, count_balance
+from learner.intake.tasks import Balance, Counts, Group, Sample, State, TaskKey, balance_of
 from learner.log.segments import Location
 from understudy.config import TasksConfig
 from understudy.v1 import common_pb2, log_pb2
@@ -65,7 +65,7 @@ class RunState:
         self._groups: dict[int, Sequence[Group]] = {}
         self._clock = clock
         self._num_issued = 0
-        self._ended: Ended = Counter()
+        self._counts: Counts = Counter()
 
     def apply(self, entry: log_pb2.LogEntry, location: Location) -> None:
         """Take an entry of the log that stands at a location."""
@@ -89,7 +89,7 @@ class RunState:
 
     def balance(self) -> Balance:
         """Count every task key that was ever issued."""
-        return count_balance(self._num_issued, self._held(), self._ended)
+        return balance_of(self._num_issued, self._counts)
 
     def oldest_segment(self) -> int | None:
         """Oldest log segment with a trajectory that may still be asked for; None without any."""
@@ -126,19 +126,20 @@ class RunState:
         self.waiting += samples
         self.num_groups = event.ordinal + 1
         self._num_issued += len(samples)
+        self._counts[State.WAITING, ""] += len(samples)
 
     def _on_sample_leased(self, event: log_pb2.SampleLeased, _: Location) -> None:
         sample = self._sample(event.task_key)
         self._withdraw(sample)
         self.leases.add(event.lease_id, sample, event.actor_id, self._clock())
         sample.lease_id = event.lease_id
-        sample.state = State.LEASED
+        self._set(sample, State.LEASED)
 
     def _on_sample_returned(self, event: log_pb2.SampleReturned, _: Location) -> None:
         sample = self._sample(event.task_key)
         self._withdraw(sample)
         sample.num_failures += event.failed
-        sample.state = State.WAITING
+        self._set(sample, State.WAITING)
         bisect.insort(self.waiting, sample, key=_key)
 
     def _on_trajectory_stored(self, event: log_pb2.TrajectoryStored, location: Location) -> None:
@@ -146,16 +147,14 @@ class RunState:
         self._withdraw(sample)
         sample.summary = event.summary
         sample.location = location
-        sample.state = State.STORED
+        self._set(sample, State.STORED)
 
     def _on_sample_dropped(self, event: log_pb2.SampleDropped, _: Location) -> None:
         sample = self._sample(event.task_key)
         self._withdraw(sample)
-        _drop(sample, event.reason)
-        group = self.open[sample.key.ordinal]
-        if group.ended:
-            del self.open[group.ordinal]
-            self._forget(group)
+        self._set(sample, State.DROPPED, event.reason)
+        if self.open[sample.key.ordinal].ended:
+            del self.open[sample.key.ordinal]
 
     def _sample(self, key: common_pb2.TaskKey) -> Sample:
         return self.open[key.ordinal].samples[key.sample_index]
@@ -177,7 +176,7 @@ class RunState:
         for group, assigned in zip(groups, event.groups, strict=True):
             if assigned.uniform:
                 for sample in group.in_state(State.STORED):
-                    _drop(sample, "uniform_group")
+                    self._set(sample, State.DROPPED, "uniform_group")
         self._move(groups, State.STORED, State.ASSIGNED)
         self.num_closed = event.step + 1
         written = event.SerializeToString(deterministic=True)
@@ -189,27 +188,23 @@ class RunState:
 
     def _on_checkpoint_saved(self, event: log_pb2.CheckpointSaved, _: Location) -> None:
         for step in range(self.oldest_step, event.oldest_kept_step):
-            del self.batches[step]
-            for group in self._groups.pop(step):
-                self._forget(group)
+            del self.batches[step], self._groups[step]
         self.oldest_step = max(self.oldest_step, event.oldest_kept_step)
 
     def _move(self, groups: Iterable[Group], source: State, target: State) -> None:
         for group in groups:
             for sample in group.in_state(source):
-                sample.state = target
+                self._set(sample, target)
 
-    def _forget(self, group: Group) -> None:
-        self._ended.update((sample.state, sample.reason) for sample in group.samples)
+    def _set(self, sample: Sample, state: State, reason: str = "") -> None:
+        """The one place where a sample's state changes once it was issued."""
+        self._counts[sample.state, sample.reason] -= 1
+        sample.state, sample.reason = state, reason
+        self._counts[state, reason] += 1
 
 
 def _key(sample: Sample) -> TaskKey:
     return sample.key
-
-
-def _drop(sample: Sample, reason: str) -> None:
-    sample.state = State.DROPPED
-    sample.reason = reason
 
 
 def _is_needed(sample: Sample) -> bool:

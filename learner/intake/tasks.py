@@ -2,7 +2,7 @@
 
 import enum
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,17 +100,16 @@ class Balance:
         return {"issued": self.issued, **{state.value: self.states[state] for state in State}}
 
 
-Ended = Counter[tuple[State, str]]
-"""Task keys that are no longer held one by one: how many, by state and reason."""
+Counts = Counter[tuple[State, str]]
+"""Task keys by state and, if they were dropped, reason."""
 
 
-def count_balance(issued: int, held: Iterable[Sample], ended: Ended) -> Balance:
-    """Count the states of all task keys: those held and those that have ended."""
-    counts = Counter((sample.state, sample.reason) for sample in held) + ended
+def balance_of(issued: int, counts: Counts) -> Balance:
+    """The accounts as counted by state and reason."""
     states = dict.fromkeys(State, 0)
     dropped: Counter[str] = Counter()
     for (state, reason), number in counts.items():
         states[state] += number
-        if state is State.DROPPED:
+        if state is State.DROPPED and number:
             dropped[reason] += number
     return Balance(issued=issued, states=states, dropped=dropped)

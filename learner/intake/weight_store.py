@@ -46,14 +46,15 @@ class WeightStore:
     Args:
         on_commit: see OnCommit.
         num_versions: versions that were issued before; none of their numbers is used again.
+        epoch: newest trainer's; 0 before the first.
     """
 
-    def __init__(self, on_commit: OnCommit, num_versions: int = 0) -> None:
+    def __init__(self, on_commit: OnCommit, num_versions: int = 0, epoch: int = 0) -> None:
         self._on_commit = on_commit
         self._num_versions = num_versions
         self._changed = asyncio.Condition()
         self._closed = False
-        self._epoch = 0
+        self._epoch = epoch
         self._layout: Layout | None = None
         self._publication: Publication | None = None
         self._newest: Version | None = None
@@ -65,9 +66,12 @@ class WeightStore:
         """Number of the newest version that is held; 0 before the first."""
         return self._newest.version if self._newest else 0
 
-    def fence(self, epoch: int) -> None:
-        """Refuse parts of trainers before this epoch."""
-        self._epoch = max(self._epoch, epoch)
+    async def fence(self, epoch: int) -> None:
+        """A trainer of this epoch has started: refuse parts of any other."""
+        async with self._changed:
+            self._epoch = epoch
+            if self._publication:
+                self._give_up(self._publication, f"epoch {epoch} took over")
 
     async def close(self) -> None:
         """Refuse what waits and what comes."""
@@ -130,13 +134,12 @@ class WeightStore:
         async with self._changed:
             if self._closed:
                 raise draining()
-            if part.epoch < self._epoch:
+            if part.epoch != self._epoch:
                 raise RefusedError(
-                    "OLD_EPOCH", f"epoch {part.epoch}; a trainer of {self._epoch} was here"
+                    "OLD_EPOCH",
+                    f"epoch {part.epoch}; the present trainer's is {self._epoch}: StartTraining "
+                    "gives a new one",
                 )
-            if part.epoch > self._epoch and self._publication:
-                self._give_up(self._publication, f"epoch {part.epoch} took over")
-            self._epoch = part.epoch
             if self._publication:
                 self._publication.require_same(part)
             else:

@@ -57,7 +57,7 @@ class DurableLog:
         self.index = recovery.index
         self._run_id = run_id
         self._limits = limits
-        self._lock = lock
+        self._lock: int | None = lock
         self._tail = recovery.walk.tail
         self._next_index = recovery.walk.next_index
         self._durable_segment = self._tail.segment
@@ -174,11 +174,15 @@ class DurableLog:
         await self._committer.wait_failed()
 
     async def close(self) -> None:
-        """Write what was appended, unless the log failed or there is no space, and let go."""
+        """Write what was appended, unless the log failed or there is no space, and let go. A second
+        call does nothing."""
+        if self._lock is None:
+            return
+        lock, self._lock = self._lock, None
         await self._committer.close()
         await asyncio.gather(*self._background, return_exceptions=True)
         self.files.close()
-        os.close(self._lock)
+        os.close(lock)
 
     def _seal_segment(self) -> None:
         tail = self._tail

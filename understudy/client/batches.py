@@ -31,14 +31,36 @@ class Batch:
 
 
 class BatchClient(Client):
-    """Takes batches as a trainer rank does. A run has one trainer: beside it, errors are all that
-    is left to see."""
+    """Takes batches as a trainer rank does.
+
+        async with BatchClient("127.0.0.1:7000", NetworkConfig()) as batches:
+            epoch = await batches.start_training("run")
+            batch = await batches.next_batch(0)
+
+    A run has one trainer: whoever starts fences the one before.
+    """
 
     peer = "learner"
+    epoch = 0
+    """Of this trainer. Further ranks take over the one that start_training returned."""
 
     def __init__(self, address: str, network: NetworkConfig) -> None:
         super().__init__(address, network)
         self._stub = batch_pb2_grpc.BatchServiceStub(self.channel)
+
+    async def start_training(self, run_id: str, step: int = 0, ledger_digest: bytes = b"") -> int:
+        """Begin an epoch as the run's trainer and return it; parts of weights carry it, too.
+
+        Args:
+            run_id: run that is trained.
+            step: steps behind the weights; above 0 for one that takes up a checkpoint.
+            ledger_digest: of the header of the last of those steps.
+        """
+        request = batch_pb2.StartTrainingRequest(
+            run_id=run_id, step=step, ledger_digest=ledger_digest
+        )
+        self.epoch = (await self._stub.StartTraining(request, timeout=10)).epoch
+        return self.epoch
 
     async def next_batch(
         self, step: int, rank: int = 0, world_size: int = 1, timeout: float = 600.0
@@ -49,7 +71,9 @@ class BatchClient(Client):
             grpc.aio.AioRpcError: with the codes that the rpc's comment lists.
             TrajectoryError: a trajectory that breaks the format; the learner checked it before.
         """
-        request = batch_pb2.NextBatchRequest(step=step, rank=rank, world_size=world_size)
+        request = batch_pb2.NextBatchRequest(
+            step=step, rank=rank, world_size=world_size, epoch=self.epoch
+        )
         header = batch_pb2.BatchHeader()
         trajectories = []
         async for response in self._stub.NextBatch(request, timeout=timeout):
@@ -61,8 +85,20 @@ class BatchClient(Client):
 
     async def complete_step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Say that a step was taken, with what was measured by name."""
-        request = batch_pb2.CompleteStepRequest(step=step, metrics=metrics)
+        request = batch_pb2.CompleteStepRequest(step=step, metrics=metrics, epoch=self.epoch)
         await self._stub.CompleteStep(request, timeout=10)
+
+    async def record_checkpoint(
+        self, step: int, manifest_digest: bytes, oldest_kept_step: int
+    ) -> None:
+        """Say that a checkpoint is durable, and which is the oldest that is kept."""
+        request = batch_pb2.RecordCheckpointRequest(
+            step=step,
+            epoch=self.epoch,
+            manifest_digest=manifest_digest,
+            oldest_kept_step=oldest_kept_step,
+        )
+        await self._stub.RecordCheckpoint(request, timeout=10)
 
 
 def _decode(message: batch_pb2.BatchTrajectory) -> BatchTrajectory:

@@ -130,7 +130,7 @@ class WeightClient(Client):
         Args:
             tensors: all tensors by their names in the checkpoint.
             step: optimizer steps taken.
-            epoch: fence of the caller's; a lower one than the learner has seen is refused.
+            epoch: what BatchClient.start_training returned.
             run_id: run that is trained.
             timeout: deadline in seconds.
 
