@@ -11,7 +11,7 @@ READY := $(VENV)/.ready-$(PLATFORM)
 SHELL_SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck format bench bench-rollout bench-inference dashboards clean
+.PHONY: help setup demo test lint typecheck format bench bench-rollout bench-inference bench-intake bench-recovery dashboards clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -53,13 +53,19 @@ format: setup ## Rewrite code in the house style
 	$(BIN)/ruff format .
 	cd protos && ../$(BIN)/buf format --write
 
-bench: bench-rollout bench-inference ## All benchmarks
+bench: bench-rollout bench-inference bench-intake bench-recovery ## All benchmarks
 
 bench-rollout: setup ## Episodes a second against the ideal, and CPU a turn, by concurrency
 	@$(BIN)/python -m benchmarks.rollout
 
 bench-inference: setup ## Tokens a second through Generate against the same engine in process
 	@$(BIN)/python -m benchmarks.inference
+
+bench-intake: setup ## Durable records a second and ack times, by record size and streams
+	@$(BIN)/python -m benchmarks.intake
+
+bench-recovery: setup ## How fast a log is read at a start, and written
+	@$(BIN)/python -m benchmarks.recovery
 
 dashboards: setup ## Write monitoring/grafana/*.json from the metrics module
 	$(BIN)/python -m monitoring.dashboards
