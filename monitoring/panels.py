@@ -230,6 +230,25 @@ INTAKE = [
         unit=EPISODES_RATE,
     ),
     _panel(
+        "Log",
+        "Size on disk, and what is not durable yet: acks wait for it.",
+        latest(metrics.LOG_BYTES, role="learner", legend="on disk"),
+        latest(metrics.LOG_UNSYNCED_BYTES, role="learner", legend="not durable"),
+        unit="bytes",
+    ),
+    _panel(
+        "Log trouble",
+        "Throttled: the disk is full or the log at its quota, and actors get no credits. Damaged "
+        "ranges: audit the run.",
+        latest(metrics.LOG_THROTTLED, role="learner", legend="throttled"),
+        latest(metrics.LOG_QUARANTINED, role="learner", legend="damaged ranges"),
+    ),
+    _panel(
+        "Checkpoint",
+        "Steps behind the newest durable checkpoint; steps after it are taken again after a crash.",
+        latest(metrics.CHECKPOINT_STEP, role="learner", legend="steps"),
+    ),
+    _panel(
         "Expired leases",
         "Leases that nobody renewed; their tasks are leased again. A burst: an actor died.",
         rate(metrics.LEASES_EXPIRED, legend="expired"),

@@ -120,9 +120,18 @@ STORED_TRAJECTORIES = Gauge(
     "understudy_intake_stored_trajectories", "Trajectories that wait for a batch"
 )
 LEASES_EXPIRED = Counter("understudy_leases_expired_total", "Leases that nobody renewed")
+LOG_BYTES = Gauge("understudy_log_bytes", "Size of the run's log on disk")
+LOG_UNSYNCED_BYTES = Gauge("understudy_log_unsynced_bytes", "Log entries that are not durable yet")
+LOG_THROTTLED = Gauge(
+    "understudy_log_throttled", "1 while the disk is full or the log at its quota: no credits"
+)
+LOG_QUARANTINED = Gauge(
+    "understudy_log_quarantined_ranges", "Damaged ranges that the last start found in the log"
+)
+CHECKPOINT_STEP = Gauge("understudy_checkpoint_step", "Steps behind the newest durable checkpoint")
 POLICY_STALENESS = Histogram(
     "understudy_policy_staleness_versions",
-    "Versions that the oldest token of a trained trajectory was behind",
+    "Versions, counted in steps, that the oldest token of a trained trajectory was behind",
     buckets=VERSIONS,
 )
 BATCH_WAIT_SECONDS = Histogram(

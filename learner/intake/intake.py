@@ -335,6 +335,11 @@ class Intake:
         for name, number in balance.figures().items():
             self._gauges[name].set(number)
         metrics.STORED_TRAJECTORIES.set(balance.states[State.STORED])
+        metrics.LOG_BYTES.set(self.log.num_bytes)
+        metrics.LOG_UNSYNCED_BYTES.set(self.log.unsynced_bytes)
+        metrics.LOG_THROTTLED.set(bool(self.log.throttled))
+        metrics.LOG_QUARANTINED.set(len(self.log.findings.bad_ranges))
+        metrics.CHECKPOINT_STEP.set(self.state.checkpoint_step)
 
     def _say_waiting(self) -> None:
         """Tell why the trainer waits, now and then."""

@@ -54,6 +54,8 @@ class RunState:
         """Steps taken by the present trainer's policy."""
         self.ledger_digests: list[bytes] = [b""]
         """By step: SHA-256 over all batches before it, as BatchHeader tells it."""
+        self.checkpoint_step = 0
+        """Steps behind the newest checkpoint."""
         self.oldest_step = 0
         """Steps behind the oldest checkpoint that is kept: batches from it on are held."""
         self.waiting: list[Sample] = []
@@ -187,6 +189,7 @@ class RunState:
         self.num_completed = event.step + 1
 
     def _on_checkpoint_saved(self, event: log_pb2.CheckpointSaved, _: Location) -> None:
+        self.checkpoint_step = event.step
         for step in range(self.oldest_step, event.oldest_kept_step):
             del self.batches[step], self._groups[step]
         self.oldest_step = max(self.oldest_step, event.oldest_kept_step)

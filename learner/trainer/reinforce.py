@@ -65,6 +65,7 @@ class _Run:
         self._checkpoints = Checkpoints(self._folder, ranks, learner.keep_checkpoints)
         self.step = 0
         """Steps behind the weights."""
+        self._clock = Clock()
         self._ledger_digest = b""
         """Of the batches of those steps."""
         checkpoint = load_latest(self._folder, self._policy, self._optimizer, ranks)
@@ -83,7 +84,7 @@ class _Run:
 
     def take_step(self) -> bool:
         """Learn from one batch and publish; returns whether it was the last."""
-        clock = Clock()
+        clock = self._clock
         with clock.phase("wait"):
             share = self._intake.next_batch(self.step, lambda: self._publisher.publish(self.step))
         with clock.phase("decode"):
@@ -99,7 +100,9 @@ class _Run:
             export(share.header, figures, clock)
         self.step += 1
         self._ledger_digest = share.header.ledger_digest
-        return self._keep(share)
+        self._clock = Clock()
+        with self._clock.phase("checkpoint"):  # of the next step's seconds
+            return self._keep(share)
 
     def _keep(self, share: BatchShare) -> bool:
         """Save what is due; returns whether the run has ended."""
