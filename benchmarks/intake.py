@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--mib", type=int, default=768, help="most payload bytes a case")
     parser.add_argument("--records", type=int, default=20_000, help="most records a case")
-    parser.add_argument("--window", type=int, default=256, help="most un-acked records in all")
+    parser.add_argument("--window", type=int, default=64, help="most un-acked records in all")
     arguments = parser.parse_args()
     prepare_process("benchmark")
     for kib in arguments.kib:

@@ -158,7 +158,7 @@ class Batches(batch_pb2_grpc.BatchServiceServicer):
 
 def raise_no_weights(context: grpc.ServicerContext) -> None:
     """What an intake answers that has just started."""
-    info = error_details_pb2.ErrorInfo(reason="NO_WEIGHTS", domain="understudy")
+    info = error_details_pb2.ErrorInfo(reason="WEIGHTS_LOST", domain="understudy")
     status = status_pb2.Status(code=grpc.StatusCode.FAILED_PRECONDITION.value[0])
     status.details.add().Pack(info)
     context.abort_with_status(rpc_status.to_status(status))

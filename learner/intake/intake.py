@@ -209,7 +209,7 @@ class Intake:
         """The batch of a step, and a rank's share of it.
 
         Raises:
-            RefusedError: BAD_RANK, OLD_EPOCH, STEP_OUT_OF_ORDER, NO_WEIGHTS, DRAINING.
+            RefusedError: BAD_RANK, OLD_EPOCH, STEP_OUT_OF_ORDER, WEIGHTS_LOST, DRAINING.
         """
         if not rank < world_size:
             raise RefusedError("BAD_RANK", f"rank {rank} is not below world_size {world_size}")
@@ -253,7 +253,7 @@ class Intake:
     def _check_request(self, step: int, epoch: int) -> None:
         self.ledger.require_trainer(epoch)
         if not self._has_weights:
-            raise RefusedError("NO_WEIGHTS", "the weight store is empty; publish, then ask again")
+            raise RefusedError("WEIGHTS_LOST", "the weight store is empty; publish, then ask again")
         next_step = self.state.num_closed
         if step in self.state.batches or (step == next_step and not self.ledger.exhausted):
             return

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import grpc
 
+from learner.log.errors import LogFailedError
 from understudy.rpc import ServiceError
 
 _PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
@@ -20,7 +21,6 @@ CODES = {
     "LEDGER_MISMATCH": _PRECONDITION,
     "MISSING_TENSOR": _ARGUMENT,
     "NON_FINITE": _ARGUMENT,
-    "NO_WEIGHTS": _PRECONDITION,
     "OLD_EPOCH": _PRECONDITION,
     "OLD_INCARNATION": _PRECONDITION,
     "OUT_OF_ORDER": _PRECONDITION,
@@ -29,6 +29,7 @@ CODES = {
     "RUN_MISMATCH": _PRECONDITION,
     "STEP_OUT_OF_ORDER": _PRECONDITION,
     "UNKNOWN_VERSION": grpc.StatusCode.NOT_FOUND,
+    "WEIGHTS_LOST": _PRECONDITION,
     "WRONG_BASE": _PRECONDITION,
 }
 """Status code by reason, as the comments of the rpcs list them."""
@@ -50,8 +51,11 @@ def draining() -> RefusedError:
 
 @contextlib.contextmanager
 def mapped() -> Iterator[None]:
-    """Turn a refusal into the status that its rpc documents."""
+    """Turn a refusal, or the log's failure, into the status that its rpc documents."""
     try:
         yield
     except RefusedError as error:
         raise ServiceError(CODES[error.reason], error.reason, error.detail) from error
+    except LogFailedError as error:
+        code, reason = grpc.StatusCode.UNAVAILABLE, "LOG_FAILED"
+        raise ServiceError(code, reason, "the intake's disk failed; it ends") from error

@@ -119,7 +119,7 @@ class IntakeClient:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return None
-            if error_reason(error) == "NO_WEIGHTS":
+            if error_reason(error) == "WEIGHTS_LOST":
                 raise _NoWeightsError from error
             raise
         return BatchShare(
