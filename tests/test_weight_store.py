@@ -354,3 +354,20 @@ async def test_replica_reports_are_journaled(tmp_path: Path) -> None:
         assert (line["kind"], line["replica_id"], line["version"]) == ("replica", "r0", 1)
         assert line["mismatch_mean"] == 0.01
         assert rig.server.figures()["lowest_replica_version"] == 1
+        report.replica_id = "r" * 65
+        assert await reason_of(rig.weights.ReportReplica(report, timeout=5)) == "BAD_REQUEST"
+
+
+async def test_a_replica_whose_watch_ended_is_forgotten(tmp_path: Path) -> None:
+    async with running(make_config(tmp_path)) as rig:
+        for name in ("dies", "lives"):
+            watch = rig.weights.WatchVersions(weight_pb2.WatchVersionsRequest(replica_id=name))
+            await watch.read()
+            report = weight_pb2.ReportReplicaRequest(replica_id=name, version=len(name))
+            await rig.weights.ReportReplica(report, timeout=5)
+            if name == "dies":
+                watch.cancel()
+        async with asyncio.timeout(5):
+            while rig.server.figures()["replicas"] != 1:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        assert rig.server.figures()["lowest_replica_version"] == len("lives")

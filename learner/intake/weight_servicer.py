@@ -1,5 +1,7 @@
 """WeightService: decodes, calls, encodes."""
 
+import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 from learner.intake.bundle import Bundle
@@ -12,6 +14,7 @@ from understudy import metrics
 from understudy.v1 import weight_pb2, weight_pb2_grpc
 
 CHUNK_BYTES = 2**20
+MAX_REPLICA_ID_BYTES = 64
 Publish = AsyncIterator[weight_pb2.PublishWeightsRequest]
 
 
@@ -24,7 +27,8 @@ class WeightServicer(weight_pb2_grpc.WeightServiceServicer):
         self.journal = journal
         self.run_id = run_id
         self.replica_versions: dict[str, int] = {}
-        """Version that each replica said it serves."""
+        """Version that each replica said it serves; forgotten when its watch ends."""
+        self._watches: Counter[str] = Counter()
         self._bytes_served = metrics.WEIGHT_BYTES.labels("dense")
 
     async def PublishWeights(
@@ -43,7 +47,7 @@ class WeightServicer(weight_pb2_grpc.WeightServiceServicer):
     async def WatchVersions(
         self, request: weight_pb2.WatchVersionsRequest, context: object
     ) -> AsyncIterator[weight_pb2.WatchVersionsResponse]:
-        with mapped():
+        with mapped(), self._watching(request.replica_id):
             async for version in self.store.watch():
                 yield weight_pb2.WatchVersionsResponse(
                     run_id=self.run_id,
@@ -51,6 +55,18 @@ class WeightServicer(weight_pb2_grpc.WeightServiceServicer):
                     step=version.step,
                     bundle_digest=self.bundle.digest,
                 )
+
+    @contextlib.contextmanager
+    def _watching(self, replica_id: str) -> Iterator[None]:
+        _check_replica_id(replica_id)
+        self._watches[replica_id] += 1
+        try:
+            yield
+        finally:
+            self._watches[replica_id] -= 1
+            if not self._watches[replica_id]:
+                del self._watches[replica_id]
+                self.replica_versions.pop(replica_id, None)
 
     async def FetchWeights(
         self, request: weight_pb2.FetchWeightsRequest, context: object
@@ -75,6 +91,8 @@ class WeightServicer(weight_pb2_grpc.WeightServiceServicer):
     async def ReportReplica(
         self, request: weight_pb2.ReportReplicaRequest, context: object
     ) -> weight_pb2.ReportReplicaResponse:
+        with mapped():
+            _check_replica_id(request.replica_id)
         self.replica_versions[request.replica_id] = request.version
         self.journal.replica(
             request.replica_id,
@@ -87,6 +105,13 @@ class WeightServicer(weight_pb2_grpc.WeightServiceServicer):
             },
         )
         return weight_pb2.ReportReplicaResponse()
+
+
+def _check_replica_id(replica_id: str) -> None:
+    if len(replica_id.encode()) > MAX_REPLICA_ID_BYTES:
+        raise RefusedError(
+            "BAD_REQUEST", f"replica_id {replica_id!r} is above {MAX_REPLICA_ID_BYTES} bytes"
+        )
 
 
 def _decode_part(header: weight_pb2.PartHeader, run_id: str) -> Part:
