@@ -4,6 +4,7 @@ demonstrations -> small Qwen3 from scratch -> supervised warm-up   (kept; a seco
 -> four roles -> measure base -> reinforce -> measure trained -> result.json, report.html
 """
 
+import fcntl
 import logging
 import shutil
 import sys
@@ -15,6 +16,7 @@ from launch.report import format_table, write_report
 from launch.result import Evaluations, collect_result
 from launch.roles import LocalRoles
 from understudy.config import Config, load_config, write_config
+from understudy.errors import ConfigError
 from understudy.supervisor import Supervisor, interrupted_code
 
 _log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ RESERVE_SECONDS = sum(
 )
 
 RESULTS = ("metrics.jsonl", "samples.jsonl", "eval-*.json", "result.json", "report.html")
-RUN_FOLDERS = ("log", "checkpoints", "model")
+RUN_FOLDERS = ("log", "checkpoints", "model", "replay")
 """What a demo of the same name has left: files by pattern, and folders. It begins anew."""
 
 
@@ -102,11 +104,7 @@ class Demo:
         self.config = _resolve(config, plan, self.warmup_path)
         self.progress = Progress(EXPECTED_SECONDS)
         self.evaluations = Evaluations()
-        for pattern in RESULTS:
-            for stale in self.run_path.glob(pattern):
-                stale.unlink()
-        for name in RUN_FOLDERS:
-            shutil.rmtree(self.run_path / name, ignore_errors=True)
+        _clear(self.run_path)
 
     def run(self, supervisor: Supervisor) -> None:
         """All stages in order."""
@@ -189,6 +187,31 @@ class Demo:
     ) -> None:
         supervisor.start(name, [sys.executable, "-m", *words], stdout)
         supervisor.wait(name, self.progress.poll)
+
+
+def _clear(run_path: Path) -> None:
+    """Remove what a demo of the same name has left.
+
+    Raises:
+        ConfigError: it still runs, or what is there is no demo.
+    """
+    lock = run_path / "log" / "lock"
+    if lock.exists():
+        if not (run_path / "result.json").exists():
+            raise ConfigError(
+                f"--name {run_path.name}: {run_path} holds a run that is no finished demo; choose "
+                "another name, or delete the folder"
+            )
+        with lock.open() as file:  # as the intake holds it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"--name {run_path.name}: this demo is running") from None
+    for pattern in RESULTS:
+        for stale in run_path.glob(pattern):
+            stale.unlink()
+    for name in RUN_FOLDERS:
+        shutil.rmtree(run_path / name, ignore_errors=True)
 
 
 def _resolve(config: Config, plan: DemoPlan, warmup_path: Path) -> Config:

@@ -56,7 +56,8 @@ def collect_result(
 ) -> dict[str, Any]:
     """Put the run into numbers, write them to `result.json` and return them."""
     lines = Tail(run_path / "metrics.jsonl").new_lines()
-    steps = [line for line in lines if line.get("kind") == "step"]
+    # Of a step that was taken again after a restart, the last line counts.
+    steps = list({line["step"]: line for line in lines if line.get("kind") == "step"}.values())
     replicas = [line for line in lines if line.get("kind") == "replica"]
     result = {
         "seed": config.run.seed,

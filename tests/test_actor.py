@@ -218,8 +218,7 @@ async def intake(config: Config, published: bool = True) -> AsyncIterator[tuple[
     port = await server.start()
     if published:
         epoch = await server.intake.start_training(0, b"")
-        version = len(server.intake.state.steps_behind) + 1
-        await server.intake.advance(version, 0, epoch)
+        await server.intake.advance(0, epoch)
     try:
         yield server, f"127.0.0.1:{port}"
     finally:
@@ -292,7 +291,7 @@ async def test_an_actor_whose_name_was_taken_ends_with_the_reason(
                 await rival.flush()
             server.intake.ledger.end_with(3)
             state = server.intake.state  # more to play, and for version 1
-            state.admission = state.admission.advanced(1, 1, 1)
+            state.admission = state.admission.advanced(1, 1)
             with pytest.raises(PushRefusedError, match="names of living actors are unique"):
                 await acting
 

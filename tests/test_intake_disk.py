@@ -13,7 +13,9 @@ import pytest
 
 from intake_rig import make_config, make_record, running, trajectory
 from learner.audit import audit_run
+from learner.intake.server import IntakeServer
 from learner.log.errors import LogFailedError
+from understudy.errors import ConfigError
 
 
 @pytest.fixture
@@ -89,3 +91,32 @@ def fill(path: Path) -> None:
 
 def _fail(descriptor: int) -> None:
     raise OSError(errno.EIO, "Input/output error")
+
+
+async def test_a_log_that_lost_an_entry_is_refused_by_name(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    async with running(config) as rig:
+        await rig.play(await rig.lease())
+        await rig.batch(0)
+        place = rig.intake.state.batches[0].episodes[0].location
+    segment = config.run.path / "log" / "000000000001.seg"
+    data = bytearray(segment.read_bytes())
+    data[place.offset + place.num_bytes // 2] ^= 1
+    segment.write_bytes(data)
+    with pytest.raises(ConfigError, match="the log is damaged: entry .* does not follow.*audit"):
+        await IntakeServer.open(config)
+    assert not audit_run(config.run.path).passed
+
+
+async def test_a_record_that_is_damaged_on_disk_is_data_loss(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    async with running(config) as rig:
+        await rig.play(await rig.lease())
+        await rig.batch(0)
+        place = rig.intake.state.batches[0].episodes[0].location
+        descriptor = os.open(config.run.path / "log" / "000000000001.seg", os.O_RDWR)
+        os.pwrite(descriptor, b"\xff\xff", place.offset + place.num_bytes - 9)
+        os.close(descriptor)
+        with pytest.raises(grpc.aio.AioRpcError, match="audit the run") as error:
+            await rig.batch(0)
+        assert error.value.code() is grpc.StatusCode.DATA_LOSS

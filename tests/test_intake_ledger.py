@@ -1,6 +1,7 @@
 """The ledger alone: balance under any order of events, restarts, and admission by staleness."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -105,8 +106,7 @@ def deliver(ledger: Ledger, lease: Lease, reward: float = 0.0, version: int = 1)
 
 def publish(ledger: Ledger, step: int) -> None:
     """The next version, with so many steps behind it."""
-    state = ledger.state
-    ledger.publish(len(state.steps_behind) + 1, step, state.trainer_epoch)
+    assert ledger.publish(step, ledger.state.trainer_epoch) == len(ledger.state.steps_behind)
 
 
 def close_next(ledger: Ledger) -> int:
@@ -285,17 +285,17 @@ def test_admission_follows_its_formula() -> None:
     tasks = TasksConfig(groups_per_batch=4, max_staleness=2)
     admission = Admission(tasks=tasks, steps=100)
     assert admission.group_limit == 0
-    admission = admission.advanced(1, 0, 1)
+    admission = admission.advanced(1, 0)
     assert admission.group_limit == 12
     assert [admission.min_version(batch) for batch in range(3)] == [1, 1, 1]
-    admission = admission.advanced(8, 7, 1)
+    admission = admission.advanced(8, 7)
     assert admission.group_limit == 40
     assert [admission.min_version(batch) for batch in (7, 8, 9)] == [6, 7, 8]
     assert admission.staleness(9, 7) == 2
     assert admission.admits(9)
     assert not admission.admits(10)
-    assert admission.advanced(9, 0, 9).min_version(1) == 9
-    assert admission.advanced(100, 99, 1).group_limit == 400
+    assert replace(admission, version=9, step=0, first_version=9).min_version(1) == 9
+    assert admission.advanced(100, 99).group_limit == 400
 
 
 def test_no_staleness_means_one_batch_at_a_time() -> None:
@@ -425,3 +425,53 @@ def test_no_trained_token_is_too_old_in_an_asynchronous_run(max_staleness: int) 
             publish(ledger, step + 1)
         assert ledger.state.balance().holds
     assert ledger.state.num_completed == STEPS
+
+
+def test_an_old_trainer_issues_no_version() -> None:
+    ledger = make_ledger()
+    publish(ledger, 0)
+    ledger.start_training(0, b"")
+    with pytest.raises(RefusedError, match="OLD_EPOCH"):
+        ledger.publish(1, 1)
+    assert ledger.state.steps_behind == [0]
+
+
+def test_groups_keep_the_size_of_their_issue() -> None:
+    """A run is taken up with smaller groups: samples of older groups are taken all the same."""
+    log = Entries()
+    ledger = make_ledger(log, group_size=4)
+    publish(ledger, 0)
+    leases = ledger.lease("a", 8)
+    smaller = Ledger(log, replayed(log, make_tasks(group_size=2)))
+    assert all(smaller.knows(lease.sample.key) for lease in leases)
+    assert not smaller.knows(TaskKey(0, 4))
+    for lease in leases:
+        assert deliver(smaller, lease, lease.sample.key.sample_index)
+    assert close_next(smaller) == 8
+
+
+def test_a_run_that_has_ended_ends_again_only_for_its_own_trainer() -> None:
+    log = Entries()
+    ledger = make_ledger(log, group_size=2)
+    publish(ledger, 0)
+    for lease in ledger.lease("a", 100):
+        deliver(ledger, lease, lease.sample.key.sample_index)
+    ledger.end_with(0)
+    close_next(ledger)
+    assert ledger.exhausted
+    again = Ledger(log, replayed(log, ledger.tasks))
+    assert again.exhausted  # the intake alone started anew: the step is being trained
+    again.complete(0)
+    again.start_training(1, again.state.ledger_digests[1])
+    assert not again.exhausted  # the run was taken up
+
+
+def test_what_a_held_batch_lists_keeps_its_segment() -> None:
+    """Also where all rewards are equal: the journal of samples reads uniform groups, too."""
+    ledger = make_ledger(group_size=2)
+    publish(ledger, 0)
+    for lease in ledger.lease("a", 100):
+        deliver(ledger, lease)
+    close_next(ledger)
+    needed = min(item.location.segment for item in ledger.state.batches[0].episodes)
+    assert ledger.state.oldest_segment() == needed

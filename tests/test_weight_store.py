@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from intake_rig import Rig, make_config, make_part, running
+from learner.audit import audit_run
 from understudy.client import fetch_model_bundle
 from understudy.config import NetworkConfig
 from understudy.rpc import error_reason, open_channel
@@ -371,3 +372,24 @@ async def test_a_replica_whose_watch_ended_is_forgotten(tmp_path: Path) -> None:
             while rig.server.figures()["replicas"] != 1:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
         assert rig.server.figures()["lowest_replica_version"] == len("lives")
+
+
+async def test_a_publication_that_is_cancelled_while_it_is_issued_uses_up_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(make_config(tmp_path), version=False) as rig:
+        flush, may_flush = rig.intake.log.flush, asyncio.Event()
+
+        async def slow_flush() -> None:
+            await may_flush.wait()
+            await flush()
+
+        monkeypatch.setattr(rig.intake.log, "flush", slow_flush)
+        header, payload = make_part({"w": np.ones(4, np.float32)}, epoch=rig.epoch)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await rig.publish_part(header, payload, timeout=0.3)
+        may_flush.set()
+        assert await rig.publish(0) == 2
+        assert rig.intake.state.steps_behind == [0, 0]
+        assert (await fetch(rig))[0].version == 2
+    assert audit_run(rig.intake.config.run.path).passed

@@ -1,5 +1,6 @@
 """Actors: their incarnations and how far each one's records were taken."""
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,8 @@ class Incarnation:
     number: int
     next_sequence: int = 0
     """All records below were stored or rejected."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a record is taken, so that a stream that takes over begins behind it."""
     digests: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_DIGESTS))
     """Of the newest records below, oldest first."""
 
@@ -38,7 +41,7 @@ class Actors:
         self._first_number = first_incarnation
         self._newest: dict[str, Incarnation] = {}
 
-    def welcome(self, actor_id: str, number: int, first_unacked: int) -> Incarnation:
+    async def welcome(self, actor_id: str, number: int, first_unacked: int) -> Incarnation:
         """Open a stream of an actor, new (number 0) or known. An incarnation that an earlier start
         of the intake gave is not known any more: the actor gets a new one, from sequence 0.
 
@@ -46,6 +49,14 @@ class Actors:
             RefusedError: OLD_INCARNATION, BAD_HELLO.
         """
         newest = self._newest.get(actor_id)
+        if newest is None:
+            return self._welcome(actor_id, None, number, first_unacked)
+        async with newest.lock:
+            return self._welcome(actor_id, self._newest[actor_id], number, first_unacked)
+
+    def _welcome(
+        self, actor_id: str, newest: Incarnation | None, number: int, first_unacked: int
+    ) -> Incarnation:
         if number < self._first_number:
             taken = Incarnation(number=self._next_number)
             self._next_number += 1
@@ -67,7 +78,7 @@ class Actors:
             )
         else:
             # A new object: the older stream of this incarnation finds itself replaced.
-            taken = replace(newest)
+            taken = replace(newest, digests=newest.digests.copy())
         self._newest[actor_id] = taken
         return taken
 

@@ -38,9 +38,9 @@ class Admission:
     first_version: int = 0
     """First version that the present trainer published."""
 
-    def advanced(self, version: int, step: int, first_version: int) -> Self:
+    def advanced(self, version: int, step: int) -> Self:
         """Admission after a publication."""
-        return replace(self, version=version, step=step, first_version=first_version)
+        return replace(self, version=version, step=step)
 
     @property
     def group_limit(self) -> int:

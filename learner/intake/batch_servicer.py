@@ -1,6 +1,6 @@
 """BatchService: decodes, calls, encodes."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from learner.intake.batches import Batch, BatchItem
@@ -39,10 +39,8 @@ class BatchSource(Protocol):
 class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
     """Feeds the trainer ranks."""
 
-    def __init__(self, source: BatchSource, fence: Callable[[int], Awaitable[None]]) -> None:
+    def __init__(self, source: BatchSource) -> None:
         self.source = source
-        self.fence = fence
-        """Told of each new trainer's epoch."""
 
     async def StartTraining(
         self, request: batch_pb2.StartTrainingRequest, context: object
@@ -52,7 +50,6 @@ class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
             if request.run_id != served:
                 raise RefusedError("RUN_MISMATCH", f"run_id {request.run_id!r}; served: {served!r}")
             epoch = await self.source.start_training(request.step, request.ledger_digest)
-            await self.fence(epoch)
         return batch_pb2.StartTrainingResponse(epoch=epoch)
 
     async def NextBatch(
@@ -67,7 +64,9 @@ class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
         )
         for start in range(0, len(share), READ_RECORDS):
             items = share[start : start + READ_RECORDS]
-            for item, record in zip(items, await self.source.read(items), strict=True):
+            with mapped():
+                records = await self.source.read(items)
+            for item, record in zip(items, records, strict=True):
                 yield Response(
                     trajectory=batch_pb2.BatchTrajectory(
                         group_index=item.group_index,

@@ -19,6 +19,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from learner.intake.batches import Batch, BatchItem, choose_samples, split, statistics
 from learner.intake.journal import Journal
@@ -165,13 +166,14 @@ class Intake:
         _log.info("trainer of epoch %d starts with %d steps behind it", epoch, step)
         return epoch
 
-    async def advance(self, version: int, step: int, epoch: int) -> None:
-        """A version was committed that has so many steps behind it."""
+    async def advance(self, step: int, epoch: int) -> int:
+        """Issue a version that has so many steps behind it. Raises RefusedError: OLD_EPOCH."""
         async with self._changed:
-            self.ledger.publish(version, step, epoch)
+            version = self.ledger.publish(step, epoch)
             self._has_weights = True
             self._changed.notify_all()
         await self.log.flush()
+        return version
 
     async def record_checkpoint(
         self, step: int, oldest_kept_step: int, epoch: int, digest: bytes
@@ -196,7 +198,9 @@ class Intake:
             while self.log.is_sealed(self._num_trimmed + 1):
                 if needed is not None and self._num_trimmed + 1 >= needed:
                     break
-                await trim_segment(self.log, self._num_trimmed + 1, _is_trajectory)
+                trimmed = await trim_segment(self.log, self._num_trimmed + 1, _is_trajectory)
+                if trimmed is None:
+                    break  # no space; the next checkpoint tries again
                 self._num_trimmed += 1
         finally:
             self._trimming = None
@@ -222,6 +226,9 @@ class Intake:
                     "BAD_RANK", f"world_size {world_size}: step {step} is split over {agreed} ranks"
                 )
             batch = self.state.batches[step]
+            # It was the last when it was closed; the run may have been taken up since.
+            newest = step + 1 == self.state.num_closed and self.ledger.exhausted
+            batch = replace(batch, last=batch.last and newest)
         await self.log.flush()
         return batch, split(batch.items, world_size)[rank]
 
@@ -279,20 +286,25 @@ class Intake:
         """
         async with self._changed:
             self.ledger.require_trainer(epoch)
-            if step < self.state.num_completed:
-                return
-            if step not in self.state.batches or step != self.state.num_completed:
-                raise RefusedError(
-                    "STEP_OUT_OF_ORDER",
-                    f"step {step}; {self.state.num_completed} is the next to complete, "
-                    f"{self.state.num_closed} the next batch",
-                )
-            batch = self.state.batches[step]
-            self.ledger.complete(step)
-            self._world_sizes.pop(step, None)
+            batch = self._complete(step)
             self._changed.notify_all()
         await self.log.flush()
-        await self._write_step(batch, measured)
+        if batch:
+            await self._write_step(batch, measured)
+
+    def _complete(self, step: int) -> Batch | None:
+        """The batch of a step that was not completed before."""
+        if step < self.state.num_completed:
+            return None
+        if step not in self.state.batches or step != self.state.num_completed:
+            raise RefusedError(
+                "STEP_OUT_OF_ORDER",
+                f"step {step}; {self.state.num_completed} is the next to complete, "
+                f"{self.state.num_closed} the next batch",
+            )
+        self.ledger.complete(step)
+        self._world_sizes.pop(step, None)
+        return self.state.batches[step]
 
     async def _write_step(self, batch: Batch, measured: Mapping[str, float]) -> None:
         for item in batch.items:

@@ -5,7 +5,9 @@ Each line of metrics.jsonl is an object with `kind` ("step", "version" or "repli
 """
 
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import IO, Any
 
 from understudy.errors import ConfigError
 from understudy.trajectory import Segment, Trajectory
+
+_log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -26,8 +30,8 @@ class Journal:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = (folder / "metrics.jsonl").open("a", encoding="ascii", buffering=1)
-            self._samples = (folder / "samples.jsonl").open("a", encoding="ascii", buffering=1)
+            self._metrics = _open(folder / "metrics.jsonl")
+            self._samples = _open(folder / "samples.jsonl")
         except OSError as error:
             raise ConfigError(
                 f"run.directory: {folder} cannot be written ({error.strerror}); choose another"
@@ -66,6 +70,17 @@ class Journal:
         self._samples.close()
 
 
+def _open(path: Path) -> IO[str]:
+    """Open for appending; a line that a crash cut short stays a line of its own."""
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="ascii", buffering=1)
+
+
 def _now() -> float:
     return round(time.time(), 3)
 
@@ -83,4 +98,7 @@ def _write(file: IO[str], line: Mapping[str, Any]) -> None:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in line.items()
     }
-    file.write(json.dumps(finite, allow_nan=False) + "\n")
+    try:
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
+    except OSError as error:  # a run does not end for a line that people read
+        _log.error("%s: a line is lost: %s", file.name, error.strerror)

@@ -99,19 +99,26 @@ class Ledger:
                 "OLD_EPOCH", f"epoch {epoch}; the present trainer's is {self.state.trainer_epoch}"
             )
 
-    def publish(self, version: int, step: int, epoch: int) -> None:
-        """A version was committed that has so many steps behind it."""
+    def publish(self, step: int, epoch: int) -> int:
+        """Issue a version that has so many steps behind it.
+
+        Raises:
+            RefusedError: OLD_EPOCH.
+        """
+        self.require_trainer(epoch)
+        version = len(self.state.steps_behind) + 1
         self._write(
             version_published=log_pb2.VersionPublished(version=version, step=step, epoch=epoch)
         )
         self._drop_stale()
+        return version
 
     # Leases.
 
     @property
     def exhausted(self) -> bool:
         """The run's last batch is closed: nothing will be leased any more."""
-        return self.state.num_closed >= self.state.admission.steps
+        return self.state.ended or self.state.num_closed >= self.state.admission.steps
 
     def end_with(self, step: int) -> None:
         """Make this step's batch the run's last; episodes meant for later ones stay untrained."""
@@ -182,7 +189,10 @@ class Ledger:
 
     def knows(self, key: TaskKey) -> bool:
         """Whether a task key was ever issued."""
-        return key.ordinal < self.state.num_groups and key.sample_index < self.tasks.group_size
+        group = self.state.open.get(key.ordinal)
+        # A group that is closed needs nothing; one that is open has the size of its issue.
+        known = group is None or key.sample_index < len(group.samples)
+        return key.ordinal < self.state.num_groups and known
 
     def has_result(self, key: TaskKey) -> bool:
         """Whether a known task key needs no trajectory any more: it has one, or has ended."""

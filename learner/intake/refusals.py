@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from learner.log.errors import LogFailedError
+from learner.log.errors import BadEntryError, LogFailedError
 from understudy.rpc import ServiceError
 
 _PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
@@ -59,3 +59,5 @@ def mapped() -> Iterator[None]:
     except LogFailedError as error:
         code, reason = grpc.StatusCode.UNAVAILABLE, "LOG_FAILED"
         raise ServiceError(code, reason, "the intake's disk failed; it ends") from error
+    except BadEntryError as error:
+        raise ServiceError(grpc.StatusCode.DATA_LOSS, "LOG_DAMAGED", str(error)) from error

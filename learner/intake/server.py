@@ -15,13 +15,16 @@ from learner.intake.task_servicer import TaskServicer
 from learner.intake.uplink import TrajectoryServicer
 from learner.intake.weight_servicer import WeightServicer
 from learner.intake.weight_store import WeightStore
+from learner.log.segments import Location
 from learner.log.writer import DurableLog, LogLimits
 from understudy import metrics
 from understudy.config import Config
+from understudy.errors import ConfigError
 from understudy.rpc import RoleControl, RoleServer, Service
 from understudy.v1 import (
     batch_pb2_grpc,
     control_pb2,
+    log_pb2,
     task_pb2_grpc,
     trajectory_pb2_grpc,
     weight_pb2_grpc,
@@ -59,7 +62,7 @@ class IntakeServer:
                 buffer_bytes=settings.buffer_bytes,
                 quota_bytes=settings.quota_bytes,
             ),
-            state.apply,
+            lambda entry, location: _apply(state, entry, location),
         )
         return cls(config, bundle, log, state)
 
@@ -76,7 +79,9 @@ class IntakeServer:
             self.journal,
             paused=lambda: self.control.state == control_pb2.ROLE_STATE_PAUSED,
         )
-        self.weights = WeightStore(self._committed, len(state.steps_behind), state.trainer_epoch)
+        self.weights = WeightStore(
+            lambda: state.trainer_epoch, self.intake.advance, self._committed
+        )
         self.trajectories = TrajectoryServicer(self.intake)
         self.weight_servicer = WeightServicer(self.weights, self.bundle, self.journal, run.name)
         self.intake.on_room = self.trajectories.room_freed
@@ -138,8 +143,7 @@ class IntakeServer:
             **self.intake.balance().figures(),
         }
 
-    async def _committed(self, version: Version, seconds: float) -> None:
-        await self.intake.advance(version.version, version.step, version.epoch)
+    def _committed(self, version: Version, seconds: float) -> None:
         self.journal.version(
             version.version,
             {
@@ -154,9 +158,20 @@ class IntakeServer:
         return [
             _service("Task", task_pb2_grpc, TaskServicer(self.intake, self.control)),
             _service("Trajectory", trajectory_pb2_grpc, self.trajectories),
-            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake, self.weights.fence)),
+            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake)),
             _service("Weight", weight_pb2_grpc, self.weight_servicer),
         ]
+
+
+def _apply(state: RunState, entry: log_pb2.LogEntry, location: Location) -> None:
+    try:
+        state.apply(entry, location)
+    except (AssertionError, LookupError) as error:  # entries that it builds on are missing
+        raise ConfigError(
+            f"the log is damaged: entry {entry.index}, at {location.offset} of segment "
+            f"{location.segment}, does not follow from those before it; see what understudy audit "
+            "says, and restore the log from a copy or begin a new run"
+        ) from error
 
 
 def _service(word: str, generated: object, servicer: object) -> Service:

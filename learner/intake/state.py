@@ -12,6 +12,7 @@ start applies what the log has. Both go the same way, so that a restart changes 
 
 import bisect
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,8 @@ class RunState:
         self.num_groups = 0
         self.num_closed = 0
         """Batches closed; also the step whose batch comes next."""
+        self.ended = False
+        """The newest batch is the run's last, and no trainer has started since."""
         self.num_completed = 0
         """Steps taken by the present trainer's policy."""
         self.ledger_digests: list[bytes] = [b""]
@@ -95,13 +98,10 @@ class RunState:
 
     def oldest_segment(self) -> int | None:
         """Oldest log segment with a trajectory that may still be asked for; None without any."""
-        locations = (sample.location for sample in self._held() if _is_needed(sample))
+        stored = (s.location for group in self.open.values() for s in group.in_state(State.STORED))
+        assigned = (item.location for batch in self.batches.values() for item in batch.episodes)
+        locations = itertools.chain(stored, assigned)
         return min((location.segment for location in locations if location), default=None)
-
-    def _held(self) -> Iterable[Sample]:
-        for groups in (self.open.values(), *self._groups.values()):
-            for group in groups:
-                yield from group.samples
 
     # Epochs and versions.
 
@@ -110,6 +110,7 @@ class RunState:
 
     def _on_trainer_started(self, event: log_pb2.TrainerStarted, _: Location) -> None:
         self.trainer_epoch = event.epoch
+        self.ended = False
         self.admission = replace(self.admission, first_version=len(self.steps_behind) + 1)
         for step in range(event.step, self.num_completed):
             self._move(self._groups[step], State.TRAINED, State.ASSIGNED)
@@ -117,8 +118,7 @@ class RunState:
 
     def _on_version_published(self, event: log_pb2.VersionPublished, _: Location) -> None:
         self.steps_behind.append(event.step)
-        first = self.admission.first_version
-        self.admission = self.admission.advanced(event.version, event.step, first)
+        self.admission = self.admission.advanced(event.version, event.step)
 
     # Samples.
 
@@ -181,6 +181,7 @@ class RunState:
                     self._set(sample, State.DROPPED, "uniform_group")
         self._move(groups, State.STORED, State.ASSIGNED)
         self.num_closed = event.step + 1
+        self.ended = event.last
         written = event.SerializeToString(deterministic=True)
         self.ledger_digests.append(hashlib.sha256(self.ledger_digests[-1] + written).digest())
 
@@ -208,10 +209,6 @@ class RunState:
 
 def _key(sample: Sample) -> TaskKey:
     return sample.key
-
-
-def _is_needed(sample: Sample) -> bool:
-    return sample.state in (State.STORED, State.ASSIGNED, State.TRAINED)
 
 
 _HANDLERS: dict[str, Callable[[RunState, object, Location], None]] = {

@@ -70,7 +70,7 @@ class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
         with mapped():
             if self.closed:
                 raise draining()
-            stream = self._open(await anext(requests, None))
+            stream = await self._open(await anext(requests, None))
             self.streams.add(stream)
             reader = asyncio.create_task(stream.read(requests))
             try:
@@ -82,7 +82,7 @@ class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
 
-    def _open(self, first: trajectory_pb2.PushTrajectoriesRequest | None) -> "Stream":
+    async def _open(self, first: trajectory_pb2.PushTrajectoriesRequest | None) -> "Stream":
         if first is None or not first.HasField("hello"):
             raise RefusedError("BAD_HELLO", "the first message is a hello")
         hello = first.hello
@@ -92,7 +92,7 @@ class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
             raise RefusedError(
                 "BAD_HELLO", f"actor_id {hello.actor_id!r} is empty or above {MAX_ACTOR_ID_BYTES} B"
             )
-        incarnation = self.actors.welcome(
+        incarnation = await self.actors.welcome(
             hello.actor_id, hello.incarnation, hello.first_unacked_sequence
         )
         return Stream(self, hello.actor_id, incarnation)
@@ -150,10 +150,13 @@ class Stream:
             ended = reader.done() or self.servicer.closed
             self.wake.clear()
             nacks, self._nacks = self._nacks, []
+            # A nack counts as an ack: it waits for the disk as well.
+            must_ack = self._num_answers or not self.window.current.records
+            ack = await self._ack() if must_ack else None
             for nack in nacks:
                 yield Response(nack=nack)
-            if self._num_answers or not self.window.current.records:
-                yield Response(ack=await self._ack())
+            if ack:
+                yield Response(ack=ack)
             if ended:
                 break
         if self.servicer.closed:
@@ -182,10 +185,21 @@ class Stream:
             incarnation=self.incarnation.number,
             sequence=record.sequence,
         )
-        if record.sequence < self.incarnation.next_sequence:
-            self._take_again(record, payload, origin)
-            return
         await self.servicer.intake.log.room()
+        async with self.incarnation.lock:
+            # A stream that took over while this one waited answers the record in its stead.
+            self.servicer.actors.require_newest(self.actor_id, self.incarnation)
+            if record.sequence < self.incarnation.next_sequence:
+                self._take_again(record, payload, origin)
+            else:
+                await self._take_new(record, payload, origin)
+
+    async def _take_new(
+        self,
+        record: trajectory_pb2.TrajectoryRecord,
+        payload: bytes,
+        origin: log_pb2.RecordOrigin,
+    ) -> None:
         try:
             taken = await self.servicer.inspector.take(record, payload, origin)
         except TrajectoryError as error:

@@ -29,8 +29,11 @@ _log = logging.getLogger(__name__)
 THREAD_BYTES = 2**20
 """Parts above this are verified on a thread."""
 
-OnCommit = Callable[[Version, float], Awaitable[None]]
-"""Told of a version and the seconds since its first part, before anybody can fetch it."""
+Issue = Callable[[int, int], Awaitable[int]]
+"""Gives a version to the weights after a step of a trainer's epoch, durably, before anybody can
+fetch it: whoever samples with it must find it known when the tokens come back."""
+OnCommit = Callable[[Version, float], None]
+"""Told of a version and the seconds since its first part."""
 
 
 class Announcement(NamedTuple):
@@ -44,17 +47,17 @@ class WeightStore:
     """Owns the versions of a run. Full copies only: the newest, and older ones while fetched.
 
     Args:
+        present_epoch: tells the epoch of the trainer that started last; only that one may publish.
+        issue: see Issue.
         on_commit: see OnCommit.
-        num_versions: versions that were issued before; none of their numbers is used again.
-        epoch: newest trainer's; 0 before the first.
     """
 
-    def __init__(self, on_commit: OnCommit, num_versions: int = 0, epoch: int = 0) -> None:
+    def __init__(self, present_epoch: Callable[[], int], issue: Issue, on_commit: OnCommit) -> None:
+        self._present_epoch = present_epoch
+        self._issue = issue
         self._on_commit = on_commit
-        self._num_versions = num_versions
         self._changed = asyncio.Condition()
         self._closed = False
-        self._epoch = epoch
         self._layout: Layout | None = None
         self._publication: Publication | None = None
         self._newest: Version | None = None
@@ -65,13 +68,6 @@ class WeightStore:
     def newest_version(self) -> int:
         """Number of the newest version that is held; 0 before the first."""
         return self._newest.version if self._newest else 0
-
-    async def fence(self, epoch: int) -> None:
-        """A trainer of this epoch has started: refuse parts of any other."""
-        async with self._changed:
-            self._epoch = epoch
-            if self._publication:
-                self._give_up(self._publication, f"epoch {epoch} took over")
 
     async def close(self) -> None:
         """Refuse what waits and what comes."""
@@ -134,12 +130,15 @@ class WeightStore:
         async with self._changed:
             if self._closed:
                 raise draining()
-            if part.epoch != self._epoch:
+            epoch = self._present_epoch()
+            if part.epoch != epoch:
                 raise RefusedError(
                     "OLD_EPOCH",
-                    f"epoch {part.epoch}; the present trainer's is {self._epoch}: StartTraining "
-                    "gives a new one",
+                    f"epoch {part.epoch}; the present trainer's is {epoch}: StartTraining gives a "
+                    "new one",
                 )
+            if self._publication and self._publication.epoch != epoch:
+                self._give_up(self._publication, f"epoch {epoch} took over")
             if self._publication:
                 self._publication.require_same(part)
             else:
@@ -166,23 +165,24 @@ class WeightStore:
     async def _commit(self, publication: Publication) -> None:
         slices = tuple(piece for upload in publication.uploads for piece in upload.part.slices)
         self._layout = check_cover(slices, self._layout)
+        # Shielded: a call that is cancelled here must not leave a version that is half issued.
+        issue = asyncio.ensure_future(self._issue(publication.step, publication.epoch))
+        number = await asyncio.shield(issue)
+        seconds = time.perf_counter() - publication.started
         version = Version(
-            version=self._num_versions + 1,
+            version=number,
             step=publication.step,
             epoch=publication.epoch,
             slices=slices,
             probe=publication.uploads[0].part.probe,
             payloads=[upload.payload for upload in publication.uploads],
         )
-        seconds = time.perf_counter() - publication.started
-        # Whoever samples with a version must find it known when the tokens come back.
-        await self._on_commit(version, seconds)
-        self._num_versions += 1
         self._newest = version
         self._held[version.version] = version
         self._publication = None
         publication.version = version.version
         publication.verified.clear()
+        self._on_commit(version, seconds)
         metrics.WEIGHT_PUBLISH_SECONDS.observe(seconds)
         metrics.POLICY_VERSION.set(version.version)
         self._changed.notify_all()

@@ -18,7 +18,9 @@ MayTrim = Callable[[LogEntry], bool]
 _log = logging.getLogger(__name__)
 
 
-async def trim_segment(log: DurableLog, segment: int, may_trim: MayTrim) -> dict[int, Location]:
+async def trim_segment(
+    log: DurableLog, segment: int, may_trim: MayTrim
+) -> dict[int, Location] | None:
     """Rewrite a sealed segment without the payloads that may go.
 
     After a crash the segment is the old or the new one. A damaged segment is left as it is; so is
@@ -30,8 +32,9 @@ async def trim_segment(log: DurableLog, segment: int, may_trim: MayTrim) -> dict
         may_trim: asked on the event loop, for each entry that has a payload.
 
     Returns:
-        New location of every entry by its old offset; empty if nothing changed. Old locations can
-        be read until this returns, new ones from then on: take them over before any other await.
+        New location of every entry by its old offset; empty if nothing changed, None if there was
+        no space for the copy. Old locations can be read until this returns, new ones from then on:
+        take them over before any other await.
 
     Raises:
         LogFailedError: the disk failed, and with it the log.
@@ -50,7 +53,7 @@ async def trim_segment(log: DurableLog, segment: int, may_trim: MayTrim) -> dict
         log.files.forget(segment)
         if error.errno in NO_SPACE:
             _log.warning("no space to rewrite segment %d", segment)
-            return {}
+            return None
         log.fail(error)
         raise LogFailedError(log.failed) from error
     await asyncio.to_thread(log.index.put, segment, trimmed)

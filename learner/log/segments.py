@@ -1,6 +1,7 @@
 """Segments: the files of a log, and how to find and read an entry in them."""
 
 import os
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +58,13 @@ def sync_folder(folder: Path) -> None:
 
 
 class SegmentFiles:
-    """Reads single entries, and keeps the files open that were read last."""
+    """Reads single entries, on any thread, and keeps the files open that were read last."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[int, int] = {}
         self._held: set[int] = set()
+        self._lock = threading.RLock()
 
     def read(self, location: Location) -> tuple[LogEntry, bytes]:
         """An entry and its payload, checked.
@@ -70,7 +72,9 @@ class SegmentFiles:
         Raises:
             BadEntryError: there is no sound entry of this size.
         """
-        data = os.pread(self._descriptor(location.segment), location.num_bytes, location.offset)
+        with self._lock:
+            descriptor = self._descriptor(location.segment)
+            data = os.pread(descriptor, location.num_bytes, location.offset)
         frame = decode_frame(data)
         if frame is None or frame.num_bytes != location.num_bytes:
             path = segment_path(self._folder, location.segment)
@@ -79,14 +83,16 @@ class SegmentFiles:
 
     def hold(self, segment: int) -> None:
         """Keep reading a segment from the file that has its name now."""
-        self._descriptor(segment)
-        self._held.add(segment)
+        with self._lock:
+            self._descriptor(segment)
+            self._held.add(segment)
 
     def forget(self, segment: int) -> None:
         """Read a segment from the file that has its name from now on."""
-        self._held.discard(segment)
-        if segment in self._open:
-            os.close(self._open.pop(segment))
+        with self._lock:
+            self._held.discard(segment)
+            if segment in self._open:
+                os.close(self._open.pop(segment))
 
     def close(self) -> None:
         """Close all files."""

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def _train(config: Config, run: Path) -> int:
     from understudy.supervisor import Supervisor, interrupted_code
 
     prepare_process("replay")
+    shutil.rmtree(config.run.path, ignore_errors=True)  # an older replay's
     path = write_config(config, config.run.path)
     passed_on = argparse.Namespace(config=path, set=[], insecure=False, stage="rl", out=None)
     server = [sys.executable, "-m", SERVER_MODULE, "--config", str(path), "--log", f"{run}/log"]

@@ -33,9 +33,15 @@ class RecordedBatches:
         self.state = RunState(config.learner.tasks, config.learner.train.steps)
         self._log = log
         self._journal = journal
-        self._epoch = 0
+        self.epoch = 0
+        """Of the trainer that started last."""
+        self._num_versions = 0
         trimmed = self._fold()
-        self._batches = dict(self.state.batches)
+        newest = max(self.state.batches, default=0)
+        # A run that ended and was taken up again has several last batches in its log.
+        self._batches = {
+            step: replace(batch, last=step == newest) for step, batch in self.state.batches.items()
+        }
         if not self._batches:
             raise ConfigError("the log has no batch; there is nothing to train from")
         num_gone = sum(item.location in trimmed for b in self._batches.values() for item in b.items)
@@ -44,8 +50,6 @@ class RecordedBatches:
                 f"the log has no longer {num_gone} trajectories of its batches: learner.log."
                 "retention = 'checkpoint' let them go; only a run with 'all' can be replayed"
             )
-        last = max(self._batches)
-        self._batches[last] = replace(self._batches[last], last=True)
 
     def _fold(self) -> set[Location]:
         """Take all entries but those that let batches go; returns where payloads are missing."""
@@ -67,8 +71,13 @@ class RecordedBatches:
         """
         if step > len(self._batches) or ledger_digest != self.state.ledger_digests[step]:
             raise RefusedError("LEDGER_MISMATCH", f"step {step} is of another run; start anew")
-        self._epoch += 1
-        return self._epoch
+        self.epoch += 1
+        return self.epoch
+
+    async def issue(self, step: int, epoch: int) -> int:
+        """A version for what the trainer publishes."""
+        self._num_versions += 1
+        return self._num_versions
 
     async def next_batch(
         self, step: int, rank: int, world_size: int, epoch: int

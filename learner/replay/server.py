@@ -25,7 +25,7 @@ async def serve_replay(config: Config, log_folder: Path) -> int:
     """Serve a log's batches on config.learner.listen until drained. Returns the exit code."""
     journal = Journal(config.run.path)
     batches = RecordedBatches(config, LogReader(log_folder), journal)
-    weights = WeightStore(_forget)
+    weights = WeightStore(lambda: batches.epoch, batches.issue, _forget)
     servicer = WeightServicer(weights, Bundle.read(config.model.path), journal, config.run.name)
     control = RoleControl("learner", lambda: _figures(batches))
     server = RoleServer(
@@ -36,7 +36,7 @@ async def serve_replay(config: Config, log_folder: Path) -> int:
             Service(
                 name="understudy.v1.BatchService",
                 add=batch_pb2_grpc.add_BatchServiceServicer_to_server,
-                servicer=BatchServicer(batches, weights.fence),
+                servicer=BatchServicer(batches),
             ),
             Service(
                 name="understudy.v1.WeightService",
@@ -60,7 +60,7 @@ def _figures(batches: RecordedBatches) -> Mapping[str, float]:
     return {"batches": len(batches.state.batches)}
 
 
-async def _forget(version: Version, seconds: float) -> None:
+def _forget(version: Version, seconds: float) -> None:
     """Nobody plays with what a replay publishes."""
 
 

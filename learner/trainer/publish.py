@@ -6,6 +6,7 @@ ranks send their parts again: a part that is missing would leave the others wait
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -81,15 +82,16 @@ class Publisher:
             for item in shard_slices(self._policy, self._ranks)
         ]
         header = self._header(step, slices)
-        give_up = time.monotonic() + self._patience
+        give_up = math.inf
         while True:
             version = self._send(header, [values for _, values in slices])
             [failed] = self._ranks.max([float(version == 0)])
             if not failed:
                 self.version = version
                 return
+            give_up = min(give_up, time.monotonic() + self._patience)
             # The clock of one rank must not leave another in the collective: all ask alike.
-            [late] = self._ranks.max([float(time.monotonic() > give_up)])
+            [late] = self._ranks.max([float(time.monotonic() >= give_up)])
             if late:
                 raise PeerUnreachableError(f"step {step} was not published within the patience")
             time.sleep(RETRY_SECONDS)

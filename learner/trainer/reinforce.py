@@ -33,6 +33,7 @@ from learner.trainer.report import Clock, export, uniform_share
 from learner.trainer.update import Updater
 from understudy import metrics
 from understudy.config import Config
+from understudy.errors import ConfigError
 
 
 def train_reinforce(config: Config, ranks: Ranks) -> None:
@@ -44,7 +45,7 @@ def train_reinforce(config: Config, ranks: Ranks) -> None:
         )
     with connect(config.network) as channel:
         run.join(channel)
-        ended = run.step == config.learner.train.steps
+        ended = run.step >= config.learner.train.steps
         while not ended:
             ended = run.take_step()
         run.end()
@@ -74,6 +75,12 @@ class _Run:
             self.step = checkpoint.manifest.step
             self._updater.num_updates = state.num_updates
             self._ledger_digest = bytes.fromhex(state.ledger_digest)
+        highest, lowest = ranks.max([self.step, -self.step])
+        if highest != -lowest:
+            raise ConfigError(
+                f"{self._folder}: ranks found checkpoints of steps {-lowest:.0f} to {highest:.0f}; "
+                "it has to be on a file system that all of them share"
+            )
 
     def join(self, channel: grpc.Channel) -> None:
         """Begin an epoch of the run and publish the weights as they are."""
@@ -107,7 +114,7 @@ class _Run:
     def _keep(self, share: BatchShare) -> bool:
         """Save what is due; returns whether the run has ended."""
         learner = self._config.learner
-        ended = share.header.last or self.step == learner.train.steps
+        ended = share.header.last or self.step >= learner.train.steps
         self._record(self._checkpoints.poll())
         every = learner.checkpoint_every_steps
         if every and (self.step % every == 0 or ended):
