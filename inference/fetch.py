@@ -73,7 +73,11 @@ class Fetcher:
             return self._spare
         if self._spare is not None:
             self._spare.close()
-        self._spare = Shadow(layout)
+            self._spare = None
+        try:
+            self._spare = Shadow(layout)
+        except (OSError, OverflowError, ValueError) as error:
+            raise RefusedError("BAD_MANIFEST", f"no memory for the weights: {error}") from None
         return self._spare
 
 

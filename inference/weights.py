@@ -66,8 +66,12 @@ class Shadow:
         self._entries = {entry.name: entry for entry in layout}
         end = max((entry.offset + entry.num_bytes for entry in layout), default=0)
         self._file = os.memfd_create("understudy-shadow", os.MFD_CLOEXEC)
-        os.ftruncate(self._file, max(end, 1))
-        self._map = mmap.mmap(self._file, max(end, 1))
+        try:
+            os.ftruncate(self._file, max(end, 1))
+            self._map = mmap.mmap(self._file, max(end, 1))
+        except (OSError, OverflowError, ValueError):
+            self.close()
+            raise
 
     @property
     def path(self) -> str:

@@ -22,6 +22,10 @@ BoolArray = npt.NDArray[np.bool_]
 
 MAX_DECODED_BYTES = 64 * 2**20
 """Largest payload once decompressed."""
+MAX_FIELDS = 2**12
+"""Most fields of a payload: those of the trajectory and of its segments, each turn being one. An
+empty segment is two bytes in a payload, but hundreds once decoded: 6 KB can hold 8 GB of them."""
+MAX_TEMPERATURE = 10.0
 
 
 class TrajectoryError(ValueError):
@@ -196,6 +200,7 @@ def decode_payload(
         payload = _decompress(payload, max_decoded_bytes)
     elif encoding != common_pb2.ENCODING_RAW:
         raise TrajectoryError("BAD_PAYLOAD", f"encoding {encoding} is unknown; use zstd or raw")
+    _check_num_fields(payload)
     try:
         message = trajectory_pb2.Trajectory.FromString(payload)
     except DecodeError as error:
@@ -224,11 +229,62 @@ def _decompress(payload: bytes, limit: int) -> bytes:
         raise TrajectoryError("BAD_PAYLOAD", f"zstd: {error}") from None
 
 
+_VARINT, _LENGTH_DELIMITED = 0, 2
+_SEGMENTS_TAG = trajectory_pb2.Trajectory.SEGMENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_FIXED_BYTES = {1: 8, 5: 4}
+"""Bytes of a value by wire type, where the type says it."""
+
+
+def _check_num_fields(payload: bytes) -> None:
+    """Refuse what a parser would make millions of messages of. Walks the wire format, and ends
+    early only where a parser finds the payload malformed."""
+    position = segment_end = num_fields = 0
+    while position < len(payload):
+        num_fields += 1
+        if num_fields > MAX_FIELDS:
+            raise TrajectoryError("TOO_LARGE", f"payload has more than {MAX_FIELDS} fields")
+        end = segment_end if position < segment_end else len(payload)
+        tag, position = _read_varint(payload, position)
+        kind = tag & 7
+        if kind == _VARINT:
+            _, position = _read_varint(payload, position)
+        elif kind == _LENGTH_DELIMITED:
+            length, position = _read_varint(payload, position)
+            if position + length > end:
+                return
+            if tag == _SEGMENTS_TAG and end > segment_end:  # go on with the fields inside
+                segment_end = position + length
+            else:
+                position += length
+        elif kind in _FIXED_BYTES:
+            position += _FIXED_BYTES[kind]
+        else:
+            raise TrajectoryError("BAD_PAYLOAD", f"payload has a field of wire type {kind}")
+        if position > end:
+            return
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The varint at a position, and where it ends; beyond the data come zeros."""
+    value = shift = 0
+    for byte in data[position : position + 10]:
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            break
+        shift += 7
+    return value, position
+
+
 def _decode(message: trajectory_pb2.Trajectory) -> Trajectory:
     segments = tuple(_decode_segment(i, item) for i, item in enumerate(message.segments))
     turns = tuple(_decode_turn(i, item, segments) for i, item in enumerate(message.turns))
     if not math.isfinite(message.reward):
         raise TrajectoryError("BAD_PAYLOAD", f"reward {message.reward} is not finite")
+    if not 0 <= message.sampling.temperature <= MAX_TEMPERATURE:
+        raise TrajectoryError(
+            "BAD_PAYLOAD", f"temperature {message.sampling.temperature} is not in [0, 10]"
+        )
     if message.outcome not in trajectory_pb2.Outcome.values() or not message.outcome:
         raise TrajectoryError("BAD_PAYLOAD", f"outcome {message.outcome} is unknown")
     return Trajectory(

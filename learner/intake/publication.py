@@ -43,7 +43,12 @@ class Upload:
     def __init__(self, part: Part, publication: "Publication") -> None:
         self.part = part
         self.publication = publication
-        self.payload: ByteArray = np.empty(part.num_bytes, np.uint8)
+        try:
+            self.payload: ByteArray = np.empty(part.num_bytes, np.uint8)
+        except (MemoryError, ValueError):
+            raise RefusedError(
+                "BAD_MANIFEST", f"part {part.index} has {part.num_bytes} bytes: no memory for them"
+            ) from None
         self._position = 0
 
     def write(self, chunk: bytes) -> None:

@@ -20,6 +20,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 """Bytes of an element by dtype, as safetensors names dtypes."""
+MAX_DIMENSIONS = 8
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _BLOCK_ELEMENTS = 2**22
 
@@ -63,6 +64,10 @@ def check_slice(piece: Slice, layout: Layout | None) -> None:
     if layout is not None and layout.get(name) != piece.type:
         raise RefusedError(
             "BAD_MANIFEST", f"{name}: {dtype} {shape}; the first version has {layout.get(name)}"
+        )
+    if len(shape) > MAX_DIMENSIONS:
+        raise RefusedError(
+            "BAD_MANIFEST", f"{name}: {len(shape)} dimensions; at most {MAX_DIMENSIONS}"
         )
     if piece.start + piece.num_elements > math.prod(shape):
         raise RefusedError(

@@ -31,6 +31,8 @@ ACK_DELAY_SECONDS = 0.005
 BURST_RECORDS = 64
 """Records that are acked without further delay."""
 MAX_ACTOR_ID_BYTES = 64
+DIGEST_BYTES = 32
+"""Of SHA-256; what is longer is wrong, and not kept."""
 
 
 class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
@@ -209,7 +211,7 @@ class Stream:
                 self._raw_bytes.inc(decoded_size(payload, record.encoding))
             else:
                 metrics.TRAJECTORIES_DUPLICATE.inc()
-        self.incarnation.answered(record.payload_digest)
+        self.incarnation.answered(record.payload_digest[:DIGEST_BYTES])
 
     def _take_again(
         self,
@@ -219,7 +221,7 @@ class Stream:
     ) -> None:
         """A sequence number that was answered before: a resend, or another record."""
         metrics.TRAJECTORIES_DUPLICATE.inc()
-        if not self.incarnation.conflicts(record.sequence, record.payload_digest):
+        if not self.incarnation.conflicts(record.sequence, record.payload_digest[:DIGEST_BYTES]):
             return
         _log.error(
             "actor %r sent two records as %d of incarnation %d; the second is in quarantine",
@@ -228,7 +230,11 @@ class Stream:
             origin.incarnation,
         )
         self.servicer.intake.ledger.answer(
-            origin, decode_key(record), log_pb2.ANSWER_CONFLICT, "CONFLICT", payload
+            origin,
+            decode_key(record),
+            log_pb2.ANSWER_CONFLICT,
+            "CONFLICT",
+            payload if len(payload) <= self.servicer.max_payload_bytes else b"",
         )
         self._reject(
             record.sequence, "CONFLICT", "another record had this sequence number; renumber it"

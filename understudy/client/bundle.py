@@ -12,6 +12,10 @@ MAX_BUNDLE_BYTES = 256 * 2**20
 """Far above any tokenizer and configuration; weights travel by FetchWeights."""
 
 
+MAX_NAME_BYTES = 255
+"""Of a file's name, as Linux has it."""
+
+
 class BundleError(UnderstudyError):
     """A bundle that breaks its own header: bad name, size or digest."""
 
@@ -44,7 +48,8 @@ def _check(header: weight_pb2.ModelBundleHeader) -> None:
     if len(set(names)) != len(names):
         raise BundleError("model bundle: a file name occurs twice")
     for name in names:
-        if name in ("", ".", "..") or Path(name).name != name:
+        plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+        if not plain or len(name.encode()) > MAX_NAME_BYTES:
             raise BundleError(f"model bundle: {name!r} is no plain file name")
 
 

@@ -139,9 +139,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         sealed = json.loads((folder / MANIFEST).read_text(encoding="ascii"))
         body, digest = sealed["manifest"], sealed["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(folder, f"{MANIFEST} cannot be read ({error})") from None
-    if _digest(body) != digest:
+    if not isinstance(body, dict) or _digest(body) != digest:
         raise DamagedCheckpointError(folder, f"{MANIFEST} is damaged (its SHA-256 differs)")
     if body.get("format") != FORMAT:
         raise ConfigError(
