@@ -11,7 +11,7 @@ READY := $(VENV)/.ready-$(PLATFORM)
 SHELL_SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck format bench bench-rollout bench-inference bench-intake bench-recovery dashboards clean
+.PHONY: help setup demo test fuzz lint typecheck format torture bench bench-rollout bench-inference bench-intake bench-recovery dashboards clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -38,6 +38,15 @@ demo: setup ## Train the demo's agent from scratch and measure it (runs/demo/rep
 
 test: setup ## Run all tests
 	$(BIN)/pytest
+
+fuzz: setup ## Fuzz all decoders of what others send, a million inputs each
+	@$(BIN)/python -m tests.fuzz --list | xargs -I NAME -P $$(nproc) \
+	  $(BIN)/python -m tests.fuzz NAME -runs=1000000 -rss_limit_mb=1024 -verbosity=0
+
+# What CI does in minutes, at length: about an hour and a half. `make torture CASES=kills` runs a part.
+KILLS ?= 1000
+torture: setup ## Kill, stop and unplug every role at length, and check that nothing was lost
+	@$(BIN)/python -m tests.torture $(CASES) --kills $(KILLS)
 
 lint: setup ## ruff, buf, shellcheck
 	$(BIN)/ruff check .

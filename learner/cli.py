@@ -33,6 +33,7 @@ def run_learner(argv: Sequence[str]) -> int:
     if arguments.part == "intake":
         command = intake_command(arguments)
     else:
+        prepare_torchrun()
         command = trainer_command(arguments, config)
     os.execv(command[0], command)
 
@@ -40,6 +41,12 @@ def run_learner(argv: Sequence[str]) -> int:
 def intake_command(arguments: argparse.Namespace) -> list[str]:
     """Command line of the intake."""
     return [sys.executable, "-m", INTAKE_MODULE, *_passed_on(arguments)]
+
+
+def prepare_torchrun() -> None:
+    """Have each start of the ranks meet anew: in torchrun's own store, which outlives them, ranks
+    that were started again find the addresses of those that died."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def trainer_command(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -74,6 +81,7 @@ def _run_both(arguments: argparse.Namespace, config: Config) -> int:
     from understudy.supervisor import Supervisor, interrupted_code
 
     prepare_process("learner")
+    prepare_torchrun()
     try:
         with Supervisor(config.run.path / "logs") as supervisor:
             supervisor.start("intake", intake_command(arguments))

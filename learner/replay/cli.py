@@ -45,11 +45,12 @@ def _config_of(run: Path, overrides: Sequence[str]) -> Config:
 
 
 def _train(config: Config, run: Path) -> int:
-    from learner.cli import trainer_command
+    from learner.cli import prepare_torchrun, trainer_command
     from understudy.process import prepare_process
     from understudy.supervisor import Supervisor, interrupted_code
 
     prepare_process("replay")
+    prepare_torchrun()
     shutil.rmtree(config.run.path, ignore_errors=True)  # an older replay's
     path = write_config(config, config.run.path)
     passed_on = argparse.Namespace(config=path, set=[], insecure=False, stage="rl", out=None)

@@ -34,8 +34,9 @@ class TasksConfig(Section):
     """Most turns of one episode."""
     max_tokens: PositiveInt = 4096
     """Most tokens of one segment."""
-    lease_seconds: Positive = 120.0
-    """A lease that is not renewed for this long goes to somebody else."""
+    lease_seconds: Positive = 30.0
+    """A lease that is not renewed for this long goes to somebody else; actors renew every third of
+    it."""
     max_attempts: PositiveInt = 3
     """Times that a sample whose episode failed is played before it is dropped."""
     shuffle_rewards: bool = False
