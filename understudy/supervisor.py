@@ -4,9 +4,9 @@ Placement and restart on clusters belong to Slurm, Kubernetes or Ray; this serve
 """
 
 import contextlib
-import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -25,7 +25,8 @@ from understudy.errors import PeerUnreachableError, UnderstudyError
 from understudy.rpc import open_sync_channel
 
 _log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1
+# By util-linux and not by preexec_fn: with that, Python forks, and gRPC's threads do not survive it.
+_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
 _POLL_SECONDS = 0.1
 _TAIL_LINES = 12
 _COOKIE = "UNDERSTUDY_SUPERVISOR"
@@ -44,7 +45,7 @@ class Supervisor:
         supervisor.wait("trainer")
 
     Leaving the block ends every child and all its descendants: SIGTERM, `grace` seconds, SIGKILL.
-    Children also get SIGTERM when this process dies without leaving it.
+    Children also get SIGTERM when this process dies without leaving it, where there is setpriv.
     """
 
     def __init__(self, logs: Path, grace: float = 4.0) -> None:
@@ -73,13 +74,12 @@ class Supervisor:
         with (self._logs / f"{name}.log").open("ab") as log:
             output = stdout.open("wb") if stdout else log
             self._children[name] = subprocess.Popen(
-                command,
+                [*_DIE_WITH_PARENT, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=log,
                 env={**os.environ, _COOKIE: f"{self._cookie}-{name}"},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
             if stdout:
                 output.close()
@@ -185,14 +185,6 @@ def _is_serving(channel: grpc.Channel) -> bool:
     except grpc.RpcError:
         return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    # Runs between fork and exec: nothing but this one system call.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
