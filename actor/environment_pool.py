@@ -1,4 +1,4 @@
-"""Which environment server plays an episode: the one with the fewest of ours."""
+"""Which environment server plays an episode: the connected one with the fewest of ours."""
 
 import asyncio
 import contextlib
@@ -77,7 +77,7 @@ class EnvironmentPool:
     ) -> tuple[Session, Opening]:
         deadline = asyncio.get_running_loop().time() + self._patience
         while True:
-            index = min(range(len(self._servers)), key=self._sessions.__getitem__)
+            index = min(range(len(self._servers)), key=self._reluctance)
             attempt = contextlib.AsyncExitStack()
             try:
                 session = await attempt.enter_async_context(self._session(index))
@@ -99,6 +99,11 @@ class EnvironmentPool:
                 raise
             stack.push_async_exit(attempt)
             return session, opening
+
+    def _reluctance(self, index: int) -> tuple[bool, int]:
+        """A server that hangs loses its sessions, and would otherwise get all new ones."""
+        state = self._servers[index].channel.get_state(try_to_connect=True)
+        return state is not grpc.ChannelConnectivity.READY, self._sessions[index]
 
     @contextlib.asynccontextmanager
     async def _session(self, index: int) -> AsyncIterator[Session]:

@@ -1,6 +1,7 @@
 """Actors against real servers: an environment server, the scripted engine, a real intake."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from suites import EchoSuite, FaultySuite, WaitingSuite
 from understudy.chat import ChatFormat
 from understudy.client import Lease, PushRefusedError, TaskClient, TrajectoryClient
 from understudy.client.trajectories import Uplink
-from understudy.config import Config
+from understudy.config import Config, NetworkConfig
 from understudy.errors import PeerUnreachableError
 from understudy.rpc import RoleControl, Service
 from understudy.trajectory import Trajectory
@@ -340,3 +341,19 @@ async def test_an_absent_learner_is_named(tmp_path: Path, bundle: Path) -> None:
     network = {"learner": NOWHERE, "connect_timeout_seconds": 0.3}
     with pytest.raises(PeerUnreachableError, match="learner at 127.0.0.1:9 did not answer"):
         await act(make_config(tmp_path, bundle, network=network))
+
+
+async def test_a_server_that_hangs_gets_no_new_episodes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung:  # takes connections and says nothing
+        async with environments() as address:
+            network = NetworkConfig(
+                envservers=(f"127.0.0.1:{hung.getsockname()[1]}", address),
+                connect_timeout_seconds=5.0,
+            )
+            pool = EnvironmentPool(network, step_timeout_seconds=5.0)
+            await pool.wait_ready()
+            async with asyncio.timeout(3):
+                for ordinal in range(4):
+                    async with pool.episode("echo", "train", ordinal) as (_, opening):
+                        assert opening.messages
+            await pool.close()
