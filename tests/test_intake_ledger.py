@@ -229,7 +229,7 @@ def test_a_trainer_that_starts_again_gets_the_same_batches() -> None:
     assert list(ledger.state.batches) == [1]
     for step, digest, reason in (
         (0, b"", "STEP_OUT_OF_ORDER"),
-        (2, digests[2], "STEP_OUT_OF_ORDER"),
+        (3, b"", "STEP_OUT_OF_ORDER"),
         (1, digests[2], "LEDGER_MISMATCH"),
     ):
         with pytest.raises(RefusedError, match=reason):
@@ -237,6 +237,9 @@ def test_a_trainer_that_starts_again_gets_the_same_batches() -> None:
     assert ledger.start_training(1, digests[1]) == 3
     with pytest.raises(RefusedError, match="OLD_EPOCH"):
         ledger.require_trainer(2)
+    # A checkpoint of a step whose completion was never told: it learned from the same batches.
+    assert ledger.start_training(2, digests[2]) == 4
+    assert ledger.state.balance().states[State.TRAINED] == 8
 
 
 def test_old_versions_count_by_their_steps_after_a_restart() -> None:

@@ -24,19 +24,21 @@ class Trainers:
         self._violations = violations
 
     def on_trainer_started(self, event: log_pb2.TrainerStarted) -> None:
-        """Steps from the trainer's on are assigned, but not trained."""
+        """Steps from the trainer's on are assigned, but not trained; those below are trained."""
         if event.epoch <= self.epoch:
             self._violations.add(Rule.TRAINER, f"epoch {event.epoch} after epoch {self.epoch}")
-        if not self.oldest_kept_step <= event.step <= self.num_completed:
+        if not self.oldest_kept_step <= event.step <= self._batches.next_step:
             self._violations.add(
                 Rule.TRAINER,
-                f"start at step {event.step}; kept is {self.oldest_kept_step}, completed "
-                f"{self.num_completed}",
+                f"start at step {event.step}; kept is {self.oldest_kept_step}, assigned are "
+                f"{self._batches.next_step}",
             )
         self.epoch = max(self.epoch, event.epoch)
         for step in range(event.step, self.num_completed):
             self._batches.move(step, TRAINED, ASSIGNED)
-        self.num_completed = min(self.num_completed, event.step)
+        for step in range(self.num_completed, min(event.step, self._batches.next_step)):
+            self._batches.move(step, ASSIGNED, TRAINED)
+        self.num_completed = min(event.step, self._batches.next_step)
 
     def on_step_completed(self, event: log_pb2.StepCompleted) -> None:
         """A batch was trained."""

@@ -71,7 +71,7 @@ class Ledger:
             RefusedError: STEP_OUT_OF_ORDER, LEDGER_MISMATCH.
         """
         state = self.state
-        if not state.oldest_step <= step <= state.num_completed:
+        if not state.oldest_step <= step <= state.num_closed:
             remedy = (
                 "an older checkpoint than the oldest one that was kept; restore a newer one"
                 if step < state.oldest_step
@@ -79,7 +79,7 @@ class Ledger:
             )
             raise RefusedError(
                 "STEP_OUT_OF_ORDER",
-                f"step {step}; {state.oldest_step} to {state.num_completed} can be started from: "
+                f"step {step}; {state.oldest_step} to {state.num_closed} can be started from: "
                 f"{remedy}",
             )
         if ledger_digest != state.ledger_digests[step]:

@@ -114,6 +114,9 @@ class RunState:
         self.admission = replace(self.admission, first_version=len(self.steps_behind) + 1)
         for step in range(event.step, self.num_completed):
             self._move(self._groups[step], State.TRAINED, State.ASSIGNED)
+        # A checkpoint may be ahead of what was told, or of one that was started from meanwhile.
+        for step in range(self.num_completed, event.step):
+            self._move(self._groups[step], State.ASSIGNED, State.TRAINED)
         self.num_completed = event.step
 
     def _on_version_published(self, event: log_pb2.VersionPublished, _: Location) -> None:
