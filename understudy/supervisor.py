@@ -25,7 +25,7 @@ from understudy.errors import PeerUnreachableError, UnderstudyError
 from understudy.rpc import open_sync_channel
 
 _log = logging.getLogger(__name__)
-# By util-linux and not by preexec_fn: with that, Python forks, and gRPC's threads do not survive it.
+# By util-linux, not by preexec_fn: with that Python forks, which gRPC's threads do not survive.
 _DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
 _POLL_SECONDS = 0.1
 _TAIL_LINES = 12
