@@ -1,7 +1,6 @@
 """Saves the policy as a Hugging Face folder, whole or not at all."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from learner.trainer.checkpoints.manifest import sync
 from learner.trainer.model import Policy
 from learner.trainer.ranks import Ranks
 
@@ -81,20 +81,12 @@ def _copy_bundle(bundle: Path, folder: Path) -> None:
 
 def _replace(staging: Path, out: Path) -> None:
     for file in staging.iterdir():
-        _sync(file)
-    _sync(staging)
+        sync(file)
+    sync(staging)
     old = out.with_name(f"{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     staging.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
