@@ -80,16 +80,10 @@ class RunState:
 
     # Questions.
 
-    def find(self, key: TaskKey) -> Sample | None:
-        """The sample of a task key in an open group."""
-        group = self.open.get(key.ordinal)
-        # A run that is taken up may have another group size now.
-        found = group and key.sample_index < len(group.samples)
-        return group.samples[key.sample_index] if group and found else None
-
     def pending(self, key: TaskKey) -> Sample | None:
-        """The sample of a task key if it still needs a trajectory."""
-        sample = self.find(key)
+        """The sample of a known task key if it still needs a trajectory."""
+        group = self.open.get(key.ordinal)
+        sample = group.samples[key.sample_index] if group else None
         return sample if sample and sample.state in (State.WAITING, State.LEASED) else None
 
     def balance(self) -> Balance:
