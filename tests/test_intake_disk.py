@@ -13,8 +13,11 @@ import pytest
 
 from intake_rig import make_config, make_record, running, trajectory
 from learner.audit import audit_run
+from learner.intake.journal import Journal
 from learner.intake.server import IntakeServer
 from learner.log.errors import LogFailedError
+from learner.log.reader import LogReader
+from learner.replay.recorded import RecordedBatches
 from understudy.errors import ConfigError
 
 
@@ -105,6 +108,8 @@ async def test_a_log_that_lost_an_entry_is_refused_by_name(tmp_path: Path) -> No
     segment.write_bytes(data)
     with pytest.raises(ConfigError, match="the log is damaged: entry .* does not follow.*audit"):
         await IntakeServer.open(config)
+    with pytest.raises(ConfigError, match="the log is damaged: entry .* does not follow.*audit"):
+        RecordedBatches(config, LogReader(config.run.path / "log"), Journal(tmp_path / "replay"))
     assert not audit_run(config.run.path).passed
 
 

@@ -15,16 +15,13 @@ from learner.intake.task_servicer import TaskServicer
 from learner.intake.uplink import TrajectoryServicer
 from learner.intake.weight_servicer import WeightServicer
 from learner.intake.weight_store import WeightStore
-from learner.log.segments import Location
 from learner.log.writer import DurableLog, LogLimits
 from understudy import metrics
 from understudy.config import Config
-from understudy.errors import ConfigError
 from understudy.rpc import RoleControl, RoleServer, Service
 from understudy.v1 import (
     batch_pb2_grpc,
     control_pb2,
-    log_pb2,
     task_pb2_grpc,
     trajectory_pb2_grpc,
     weight_pb2_grpc,
@@ -48,8 +45,8 @@ class IntakeServer:
         """Take up a run where its log ends, or begin it.
 
         Raises:
-            ConfigError: a folder that cannot be written, another intake that serves the run, no
-                model at model.path, an unusable address.
+            ConfigError: a folder that cannot be written, a damaged log, another intake that serves
+                the run, no model at model.path, an unusable address.
         """
         bundle = Bundle.read(config.model.path)
         settings = config.learner.log
@@ -62,7 +59,7 @@ class IntakeServer:
                 buffer_bytes=settings.buffer_bytes,
                 quota_bytes=settings.quota_bytes,
             ),
-            lambda entry, location: _apply(state, entry, location),
+            state.recover,
         )
         return cls(config, bundle, log, state)
 
@@ -161,17 +158,6 @@ class IntakeServer:
             _service("Batch", batch_pb2_grpc, BatchServicer(self.intake)),
             _service("Weight", weight_pb2_grpc, self.weight_servicer),
         ]
-
-
-def _apply(state: RunState, entry: log_pb2.LogEntry, location: Location) -> None:
-    try:
-        state.apply(entry, location)
-    except (AssertionError, LookupError) as error:  # entries that it builds on are missing
-        raise ConfigError(
-            f"the log is damaged: entry {entry.index}, at {location.offset} of segment "
-            f"{location.segment}, does not follow from those before it; see what understudy audit "
-            "says, and restore the log from a copy or begin a new run"
-        ) from error
 
 
 def _service(word: str, generated: object, servicer: object) -> Service:

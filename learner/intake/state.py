@@ -24,6 +24,7 @@ from learner.intake.leases import Leases
 from learner.intake.tasks import Balance, Counts, Group, Sample, State, TaskKey, balance_of
 from learner.log.segments import Location
 from understudy.config import TasksConfig
+from understudy.errors import ConfigError
 from understudy.v1 import common_pb2, log_pb2
 
 
@@ -77,6 +78,21 @@ class RunState:
         event = entry.WhichOneof("event") or ""
         if handler := _HANDLERS.get(event):
             handler(self, getattr(entry, event), location)
+
+    def recover(self, entry: log_pb2.LogEntry, location: Location) -> None:
+        """Take an entry of a log that may be damaged.
+
+        Raises:
+            ConfigError: it builds on entries that are missing.
+        """
+        try:
+            self.apply(entry, location)
+        except (AssertionError, LookupError) as error:
+            raise ConfigError(
+                f"the log is damaged: entry {entry.index}, at {location.offset} of segment "
+                f"{location.segment}, does not follow from those before it; see what understudy "
+                "audit says, and restore the log from a copy or begin a new run"
+            ) from error
 
     # Questions.
 

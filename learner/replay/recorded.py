@@ -56,7 +56,7 @@ class RecordedBatches:
         trimmed = set()
         for entry, location in self._log:
             if entry.WhichOneof("event") != "checkpoint_saved":
-                self.state.apply(entry, location)
+                self.state.recover(entry, location)
             if entry.trimmed_bytes:
                 trimmed.add(location)
         if self._log.findings.bad_ranges or self._log.findings.num_missing:
