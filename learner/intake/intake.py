@@ -28,6 +28,7 @@ from learner.intake.ledger import Ledger, Result
 from learner.intake.refusals import RefusedError, draining
 from learner.intake.state import RunState
 from learner.intake.tasks import Balance, Group, State, TaskKey
+from learner.log.reader import LogReader
 from learner.log.retention import trim_segment
 from learner.log.writer import DurableLog
 from understudy import metrics
@@ -234,9 +235,7 @@ class Intake:
 
     async def read(self, items: Sequence[BatchItem]) -> list[trajectory_pb2.TrajectoryRecord]:
         """The records of a batch's items, from the log."""
-        return await asyncio.to_thread(
-            lambda: [record_of(*self.log.read(item.location)) for item in items]
-        )
+        return await read_records(self.log, items)
 
     async def _wait_for_batch(self, step: int, epoch: int) -> None:
         self._check_request(step, epoch)
@@ -374,7 +373,18 @@ class Intake:
             raise draining()
 
 
-def record_of(entry: log_pb2.LogEntry, payload: bytes) -> trajectory_pb2.TrajectoryRecord:
+async def read_records(
+    log: DurableLog | LogReader, items: Sequence[BatchItem]
+) -> list[trajectory_pb2.TrajectoryRecord]:
+    """The records of a batch's items, read on a thread.
+
+    Raises:
+        BadEntryError: the log has no longer what it was given.
+    """
+    return await asyncio.to_thread(lambda: [_record(*log.read(item.location)) for item in items])
+
+
+def _record(entry: log_pb2.LogEntry, payload: bytes) -> trajectory_pb2.TrajectoryRecord:
     """The record that brought a stored trajectory."""
     stored = entry.trajectory_stored
     return trajectory_pb2.TrajectoryRecord(

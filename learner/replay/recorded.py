@@ -1,11 +1,10 @@
 """The batches of a log, as the trainer asks for them."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from learner.intake.batches import Batch, BatchItem, split, statistics
-from learner.intake.intake import record_of
+from learner.intake.intake import read_records
 from learner.intake.journal import Journal
 from learner.intake.refusals import RefusedError
 from learner.intake.state import RunState
@@ -94,9 +93,7 @@ class RecordedBatches:
 
     async def read(self, items: Sequence[BatchItem]) -> list[trajectory_pb2.TrajectoryRecord]:
         """The records of a batch's items."""
-        return await asyncio.to_thread(
-            lambda: [record_of(*self._log.read(item.location)) for item in items]
-        )
+        return await read_records(self._log, items)
 
     async def complete_step(self, step: int, epoch: int, measured: Mapping[str, float]) -> None:
         """The optimizer step of a batch was taken."""
