@@ -12,7 +12,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from tests.fuzz.mutation import mutate_as, mutate_bytes
+from tests.fuzz.mutation import join_parts, mutate_as, mutate_bytes, split_parts
 from understudy.client.bundle import BundleError, _check, _write
 from understudy.v1 import weight_pb2
 
@@ -34,22 +34,13 @@ def _encode(files: dict[str, bytes]) -> bytes:
     for name, content in files.items():
         digest = hashlib.sha256(content).digest()
         header.files.add(name=name, num_bytes=len(content), digest=digest)
-    return _join(header.SerializeToString(), b"".join(files.values()))
-
-
-def _join(header: bytes, content: bytes) -> bytes:
-    return len(header).to_bytes(2, "little") + header + content
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    end = 2 + int.from_bytes(data[:2], "little")
-    return data[2:end], data[end:]
+    return join_parts(header.SerializeToString(), b"".join(files.values()))
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Change the header, a name under right digests, or bytes."""
     rng = random.Random(seed)
-    header, content = _split(data)
+    header, content = split_parts(data)
     match rng.randrange(3):
         case 0:
             return mutate_bytes(data, max_size, seed)
@@ -58,7 +49,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
                 header = _rename(weight_pb2.ModelBundleHeader.FromString(header), content, rng)
         case _:
             header = _mutate_header(header, min(max_size, 2**16 - 1), seed)
-    changed = _join(header, content)
+    changed = join_parts(header, content)
     return changed if len(changed) <= max_size else mutate_bytes(data, max_size, seed)
 
 
@@ -74,7 +65,7 @@ def _rename(header: weight_pb2.ModelBundleHeader, content: bytes, rng: random.Ra
 
 def TestOneInput(data: bytes) -> None:
     """Write a bundle; whatever it says, only files of the folder appear."""
-    encoded, content = _split(data)
+    encoded, content = split_parts(data)
     try:
         header = weight_pb2.ModelBundleHeader.FromString(encoded)
     except DecodeError:

@@ -1,5 +1,6 @@
 """Mutators that keep a structure, so that inputs get past the parser to the checks behind it."""
 
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import atheris
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
+
+from understudy.v1 import weight_pb2
 
 Mutator = Callable[[bytes, int, int], bytes]
 """Data, largest size of the result, seed."""
@@ -93,3 +96,25 @@ def _mutate_value(value: Any, field: FieldDescriptor, rng: random.Random) -> Any
     bits = _INTEGER_BITS[field.cpp_type]
     near = (value + 1, value - 1, value * 2, value // 2, 2**bits - 1, rng.getrandbits(bits))
     return abs(rng.choice((*_INTEGERS, *near))) % 2**bits
+
+
+def join_parts(header: bytes, content: bytes) -> bytes:
+    """One input of two: a message and the bytes that it describes."""
+    return len(header).to_bytes(2, "little") + header + content
+
+
+def split_parts(data: bytes) -> tuple[bytes, bytes]:
+    """What join_parts joined, of any bytes."""
+    end = 2 + int.from_bytes(data[:2], "little")
+    return data[2:end], data[end:]
+
+
+def sign_slices(
+    message: weight_pb2.PartHeader | weight_pb2.WeightManifest, payload: bytes
+) -> bytes:
+    """The message with the right digest for each slice of the payload."""
+    offset = 0
+    for piece in message.slices:
+        piece.digest = hashlib.sha256(payload[offset : offset + piece.num_bytes]).digest()
+        offset += piece.num_bytes
+    return message.SerializeToString()

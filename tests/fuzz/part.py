@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from learner.intake.refusals import mapped
 from learner.intake.slices import TensorType, check_cover, check_slice, check_values
 from learner.intake.weight_servicer import _decode_part
-from tests.fuzz.mutation import mutate_as, mutate_bytes
+from tests.fuzz.mutation import join_parts, mutate_as, mutate_bytes, sign_slices, split_parts
 from understudy.rpc import ServiceError
 from understudy.v1 import weight_pb2
 
@@ -42,46 +42,29 @@ def seeds() -> list[bytes]:
             )
         )
     header = weight_pb2.PartHeader(run_id="run", epoch=1, num_parts=1, slices=slices)
-    return [_join(header.SerializeToString(), payload)]
-
-
-def _join(header: bytes, payload: bytes) -> bytes:
-    return len(header).to_bytes(2, "little") + header + payload
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    end = 2 + int.from_bytes(data[:2], "little")
-    return data[2:end], data[end:]
+    return [join_parts(header.SerializeToString(), payload)]
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Change the header, the payload under right digests, or bytes."""
     rng = random.Random(seed)
-    encoded, payload = _split(data)
+    encoded, payload = split_parts(data)
     match rng.randrange(4):
         case 0:
             return mutate_bytes(data, max_size, seed)
         case 1:
             payload = mutate_bytes(payload, len(payload) + 8, seed)
             with contextlib.suppress(DecodeError):
-                encoded = _sign(weight_pb2.PartHeader.FromString(encoded), payload)
+                encoded = sign_slices(weight_pb2.PartHeader.FromString(encoded), payload)
         case _:
             encoded = _mutate_header(encoded, min(max_size, 2**16 - 1), seed)
-    changed = _join(encoded, payload)
+    changed = join_parts(encoded, payload)
     return changed if len(changed) <= max_size else mutate_bytes(data, max_size, seed)
-
-
-def _sign(header: weight_pb2.PartHeader, payload: bytes) -> bytes:
-    offset = 0
-    for piece in header.slices:
-        piece.digest = hashlib.sha256(payload[offset : offset + piece.num_bytes]).digest()
-        offset += piece.num_bytes
-    return header.SerializeToString()
 
 
 def TestOneInput(data: bytes) -> None:
     """Check a part as the first version and as a later one."""
-    encoded, payload = _split(data)
+    encoded, payload = split_parts(data)
     try:
         header = weight_pb2.PartHeader.FromString(encoded)
     except DecodeError:

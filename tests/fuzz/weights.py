@@ -20,7 +20,7 @@ from inference.manifest import (
     decode_probe,
 )
 from inference.weights import Shadow, plan_layout
-from tests.fuzz.mutation import mutate_as, mutate_bytes
+from tests.fuzz.mutation import join_parts, mutate_as, mutate_bytes, sign_slices, split_parts
 from understudy.v1 import weight_pb2
 
 MAX_LEN = 2048
@@ -57,7 +57,7 @@ def seeds() -> list[bytes]:
         token_ids=np.arange(3, dtype="<i4").tobytes(), logprobs=np.zeros(2, "<f4").tobytes()
     )
     return [
-        _join(
+        join_parts(
             weight_pb2.WeightManifest(
                 run_id="run", version=4, epoch=2, slices=slices, probe=probe, payload_bytes=32
             ).SerializeToString(),
@@ -67,43 +67,26 @@ def seeds() -> list[bytes]:
     ]
 
 
-def _join(manifest: bytes, payload: bytes) -> bytes:
-    return len(manifest).to_bytes(2, "little") + manifest + payload
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    end = 2 + int.from_bytes(data[:2], "little")
-    return data[2:end], data[end:]
-
-
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Change the manifest, the payload under right digests, or bytes."""
     rng = random.Random(seed)
-    manifest, payload = _split(data)
+    manifest, payload = split_parts(data)
     match rng.randrange(4):
         case 0:
             return mutate_bytes(data, max_size, seed)
         case 1:
             payload = mutate_bytes(payload, len(payload) + 8, seed)
             with contextlib.suppress(DecodeError):
-                manifest = _sign(weight_pb2.WeightManifest.FromString(manifest), payload)
+                manifest = sign_slices(weight_pb2.WeightManifest.FromString(manifest), payload)
         case _:
             manifest = _mutate_manifest(manifest, min(max_size, 2**16 - 1), seed)
-    changed = _join(manifest, payload)
+    changed = join_parts(manifest, payload)
     return changed if len(changed) <= max_size else mutate_bytes(data, max_size, seed)
-
-
-def _sign(manifest: weight_pb2.WeightManifest, payload: bytes) -> bytes:
-    offset = 0
-    for part in manifest.slices:
-        part.digest = hashlib.sha256(payload[offset : offset + part.num_bytes]).digest()
-        offset += part.num_bytes
-    return manifest.SerializeToString()
 
 
 def TestOneInput(data: bytes) -> None:
     """Check as a fetch does, as the first version of a replica and as the next one."""
-    encoded, payload = _split(data)
+    encoded, payload = split_parts(data)
     try:
         manifest = weight_pb2.WeightManifest.FromString(encoded)
     except DecodeError:
