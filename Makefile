@@ -11,7 +11,7 @@ READY := $(VENV)/.ready-$(PLATFORM)
 SHELL_SCRIPTS := $(wildcard launch/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint typecheck format torture bench bench-rollout bench-inference bench-intake bench-recovery dashboards clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*##.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -62,10 +62,13 @@ format: setup ## Rewrite code in the house style
 	$(BIN)/ruff format .
 	cd protos && ../$(BIN)/buf format --write
 
-bench: bench-rollout bench-inference bench-intake bench-recovery ## All benchmarks
+bench: bench-rollout bench-envserver bench-sandbox bench-inference bench-intake bench-recovery bench-weights bench-fanout bench-trainer ## All benchmarks
 
 bench-rollout: setup ## Episodes a second against the ideal, and CPU a turn, by concurrency
 	@$(BIN)/python -m benchmarks.rollout
+
+bench-envserver: setup ## Sessions and steps a second, CPU and memory, against OpenEnv's own server
+	@$(BIN)/python -m benchmarks.envserver
 
 bench-inference: setup ## Tokens a second through Generate against the same engine in process
 	@$(BIN)/python -m benchmarks.inference
@@ -75,6 +78,33 @@ bench-intake: setup ## Durable records a second and ack times, by record size an
 
 bench-recovery: setup ## How fast a log is read at a start, and written
 	@$(BIN)/python -m benchmarks.recovery
+
+bench-weights: setup ## Bytes and speed of weight deltas; pause and freshness of an update
+	@$(BIN)/python -m benchmarks.weights
+
+bench-fanout: setup ## Simulated: how long until all replicas serve a version
+	@$(BIN)/python -m benchmarks.fanout
+
+bench-trainer: setup ## Tokens a second of a training step against a plain padded loop
+	@$(BIN)/python -m benchmarks.trainer
+
+bench-async: setup ## Wall time to an accuracy, async against sync: a quarter of an hour; not in `bench`
+	@$(BIN)/python -m benchmarks.async_sync
+
+bench-staleness: setup ## Learning at forced staleness by algorithm: 60 runs, hours; not in `bench`
+	@$(BIN)/python -m benchmarks.staleness
+
+bench-paths: setup ## The demo's trained model by native tools, MCP and the endpoint; not in `bench`
+	@$(BIN)/python -m benchmarks.paths
+
+bench-replayed: setup ## Are trained tokens the sampled ones? 1,000 episodes a path; not in `bench`
+	@$(BIN)/python -m benchmarks.replayed
+
+bench-transfer: setup ## The demo's models on a suite they never saw; not in `bench`
+	@$(BIN)/python -m benchmarks.transfer
+
+bench-sandbox: setup ## First and later calls of a box, and of a neighbour beside a fork bomb
+	@$(BIN)/python -m benchmarks.sandbox
 
 dashboards: setup ## Write monitoring/grafana/*.json from the metrics module
 	$(BIN)/python -m monitoring.dashboards
