@@ -6,7 +6,7 @@ python docs/make_configuration.py
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from understudy.config import Config
 from understudy.config.base import Section
@@ -40,11 +40,18 @@ Everything else has a default that suits one machine: loopback addresses, defaul
   beyond this machine needs `[network.tls]` or `--insecure`: see [operations](operations.md#tls).
   Metrics are HTTP, on `host:port` only.
 
-Two shipped files are examples: [configs/demo.toml](../configs/demo.toml), which `make demo` uses,
-and [configs/qwen3-32b.toml](../configs/qwen3-32b.toml), for a GPU cluster, which has not been run.
+Three shipped files are examples: [configs/demo.toml](../configs/demo.toml), which `make demo` uses,
+[configs/agents.toml](../configs/agents.toml), for an [agent of two parts](agents.md), and
+[configs/qwen3-32b.toml](../configs/qwen3-32b.toml), for a GPU cluster, which has not been run.
 """
 
-PATTERNS = {"unix:": "address", "\\d{1,5}": "host:port", "._-": "letters, digits and `._-`"}
+PATTERNS = {
+    "unix:": "address",
+    "https?:": "URL",
+    "\\d{1,5}": "host:port",
+    "._-": "letters, digits and `._-`",
+    "9_-]{1,64}": "name",
+}
 """What a string's pattern has in it, and what that is called."""
 PLURALS = {"address": "addresses"}
 BOUNDS = {
@@ -65,16 +72,19 @@ def render() -> str:
     return "\n".join([HEAD, *_section("", Config)]).rstrip() + "\n"
 
 
-def _section(name: str, section: type[Section], *, repeated: bool = False) -> Iterator[str]:
+def _section(name: str, section: type[Section], brackets: str = "[{}]") -> Iterator[str]:
     """A heading, the section's purpose and a row for each key; then the sections within."""
     properties = section.model_json_schema()["properties"]
-    inner: list[tuple[str, type[Section], bool]] = []
+    inner: list[tuple[str, type[Section], str]] = []
     rows = []
     for key, field in section.model_fields.items():
         child = _section_of(field.annotation)
         if child:
             path = f"{name}.{key}" if name else key
-            inner.append((path, child, child is not field.annotation))
+            if get_origin(field.annotation) is dict:
+                path += ".NAME"
+            brackets = "[[{}]]" if get_origin(field.annotation) is tuple else "[{}]"
+            inner.append((path, child, brackets))
         else:
             default = "required" if field.is_required() else _toml(field.get_default())
             meaning = field.description or _inherited(key)
@@ -82,13 +92,13 @@ def _section(name: str, section: type[Section], *, repeated: bool = False) -> It
                 f"| `{key}` | {_kind(properties[key])} | {default} | {_one_line(meaning)} |"
             )
     if name:
-        title = f"[[{name}]]" if repeated else f"[{name}]"
+        title = brackets.format(name)
         purpose = _one_line((section.__doc__ or "").partition(":")[2])
         yield f"## `{title}`\n\n{purpose[0].upper()}{purpose[1:]}\n"
         yield "| key | value | default | meaning |\n|---|---|---|---|"
         yield "\n".join(rows) + "\n"
-    for path, child, several in inner:
-        yield from _section(path, child, repeated=several)
+    for path, child, brackets in inner:
+        yield from _section(path, child, brackets)
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

@@ -17,6 +17,14 @@ class ScriptedConfig(Section):
     """Reply texts; the n-th call with one prefix key gets the n-th, the last one repeats."""
 
 
+class UpstreamConfig(Section):
+    """[inference.weights]: where weights come from."""
+
+    upstream: Address | None = None
+    """Inference server that passes on the model and its weights, which spares the learner's network
+    where there are many; not set takes them from the weight store itself."""
+
+
 class InferenceConfig(ProcessConfig):
     """[inference]: batched generation."""
 
@@ -45,3 +53,4 @@ class InferenceConfig(ProcessConfig):
     enforce_eager: bool = False
     """Do without compiled graphs: starts faster, runs slower on GPUs."""
     scripted: ScriptedConfig = ScriptedConfig()
+    weights: UpstreamConfig = UpstreamConfig()

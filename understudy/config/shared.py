@@ -22,7 +22,10 @@ class RunConfig(Section):
     seed: int = 0
     """Seed of the trainer: torch's generators, the order of demonstrations, the first probe, and
     permuted rewards; and of `understudy eval` unless it is given one. Episodes that are trained on
-    are sampled without a seed."""
+    are sampled without a seed, unless the run is deterministic."""
+    deterministic: bool = False
+    """Two runs with the same seed on one machine give the same weights bit for bit: replies are
+    seeded, and each batch is played by one version. CPUs only; see docs/operations.md."""
 
     @property
     def path(self) -> Path:
@@ -53,6 +56,8 @@ class NetworkConfig(Section):
 
     learner: Address = "127.0.0.1:7000"
     """The learner's intake."""
+    weights: Address | None = None
+    """The weight store, where it is a process of its own; not set: the intake has it."""
     inference: tuple[Address, ...] = ("127.0.0.1:7100",)
     """Inference replicas."""
     envservers: tuple[Address, ...] = ("127.0.0.1:7200",)
