@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from understudy.trajectory import (
+    PartCall,
     Segment,
     Trajectory,
     TrajectoryError,
@@ -72,15 +74,37 @@ def make_record(trajectory: Trajectory, **fields: object) -> trajectory_pb2.Traj
     )
 
 
-@given(st.integers(1, 40), st.integers(0, 40))
-def test_round_trip_is_exact(num_prompt: int, num_sampled: int) -> None:
+@given(
+    st.integers(1, 40),
+    st.integers(0, 40),
+    st.from_regex(r"[A-Za-z0-9_-]{0,64}", fullmatch=True),
+    st.booleans(),
+    st.builds(PartCall, turn=st.just(0), tool_call=st.integers(0, 9)) | st.none(),
+)
+def test_round_trip_is_exact(
+    num_prompt: int, num_sampled: int, part: str, frozen: bool, caller: PartCall | None
+) -> None:
     trajectory = make_trajectory(num_prompt + num_sampled, num_sampled)
+    (begins,), (turn,) = trajectory.segments, trajectory.turns
+    segment = dataclasses.replace(begins, part=part, frozen=frozen, caller=caller)
+    if caller:  # which a turn of another part made
+        later = dataclasses.replace(turn, segment=1)
+        trajectory = dataclasses.replace(
+            trajectory,
+            segments=(dataclasses.replace(begins, frozen=True), segment),
+            turns=(turn, later),
+        )
+    else:
+        trajectory = dataclasses.replace(trajectory, segments=(segment,))
     decoded = decode_record(make_record(trajectory))
     for name in ("token_ids", "loss_mask", "logprobs"):
-        left, right = getattr(decoded.segments[0], name), getattr(trajectory.segments[0], name)
+        left, right = getattr(decoded.segments[-1], name), getattr(segment, name)
         np.testing.assert_array_equal(left, right)
         assert left.dtype == right.dtype
-    assert decoded.segments[0].version_spans == trajectory.segments[0].version_spans
+    for name in ("version_spans", "part", "frozen", "caller"):
+        assert getattr(decoded.segments[-1], name) == getattr(segment, name)
+    assert decoded.num_sampled_tokens == (0 if frozen else num_sampled)
+    assert decoded.oldest_version == (None if frozen or not num_sampled else 4)
     assert dataclasses.replace(decoded, segments=()) == dataclasses.replace(trajectory, segments=())
 
 
@@ -135,6 +159,11 @@ def _broken(change: str) -> trajectory_pb2.Trajectory:
         "turn reward": lambda: setattr(message.turns[0], "reward", float("inf")),
         "reward": lambda: setattr(message, "reward", float("nan")),
         "outcome": lambda: setattr(message, "outcome", 0),
+        "part long": lambda: setattr(segment, "part", "p" * 65),
+        "part characters": lambda: setattr(segment, "part", "a b"),
+        "part line end": lambda: setattr(segment, "part", "a\n"),
+        "part letters": lambda: setattr(segment, "part", "\u00e9"),
+        "called by itself": lambda: setattr(segment.caller, "tool_call", 1),
     }
     changes[change]()
     return message
@@ -146,8 +175,25 @@ def _broken(change: str) -> trajectory_pb2.Trajectory:
         *("token_ids", "negative id", "mask length", "mask first", "mask value", "logprobs length"),
         *("positive logprob", "nan logprob", "spans short", "spans empty", "turn segment"),
         *("turn range", "turn reward", "reward", "outcome"),
+        *("part long", "part characters", "part line end", "part letters"),
+        "called by itself",
     ],
 )
 def test_each_broken_rule_is_refused(change: str) -> None:
     with pytest.raises(TrajectoryError, match="BAD_PAYLOAD"):
         decode_payload(_broken(change).SerializeToString(), common_pb2.ENCODING_RAW)
+
+
+def test_threads_encode_and_decode_at_the_same_time() -> None:
+    # Two threads in one zstd context would end the process.
+    trajectories = [make_trajectory(200_000, 100_000 + index) for index in range(4)]
+
+    def round_trip(trajectory: Trajectory) -> bool:
+        return all(
+            decode_payload(encode_trajectory(trajectory), ZSTD).num_sampled_tokens
+            == trajectory.num_sampled_tokens
+            for _ in range(20)
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(round_trip, trajectories))

@@ -57,6 +57,7 @@ TOOL_CALLS = Counter(
 ENVIRONMENT_FAILURES = Counter(
     "understudy_environment_failures_total", "Episodes that the environment failed", ["reason"]
 )
+SANDBOX_FREE_BOXES = Gauge("understudy_sandbox_free_boxes", "Boxes of the sandbox that stand ready")
 
 # Inference servers.
 REQUESTS_RUNNING = Gauge("understudy_inference_requests", "Generate calls in the engine")
@@ -101,6 +102,11 @@ MALFORMED_CALLS = Counter("understudy_malformed_calls_total", "Replies with an u
 GENERATE_RETRIES = Counter(
     "understudy_generate_retries_total", "Generate calls that were tried again", ["reason"]
 )
+RECORDING_REQUESTS = Counter(
+    "understudy_recording_requests_total",
+    "Requests to the recording endpoint: how a reply's tokens were placed, or why there was none",
+    ["outcome"],
+)
 UNACKED_BYTES = Gauge("understudy_unacked_bytes", "Trajectory bytes sent or waiting, not acked")
 
 # Intake.
@@ -128,11 +134,16 @@ LOG_THROTTLED = Gauge(
 LOG_QUARANTINED = Gauge(
     "understudy_log_quarantined_ranges", "Damaged ranges that the last start found in the log"
 )
+TRAINER_RANKS = Gauge("understudy_trainer_ranks", "Processes of the trainer that answer")
 CHECKPOINT_STEP = Gauge("understudy_checkpoint_step", "Steps behind the newest durable checkpoint")
 POLICY_STALENESS = Histogram(
     "understudy_policy_staleness_versions",
     "Versions, counted in steps, that the oldest token of a trained trajectory was behind",
     buckets=VERSIONS,
+)
+HELDOUT_ACCURACY = Gauge(
+    "understudy_heldout_accuracy",
+    "Mean reward of the newest evaluation that has ended; 0 before the first",
 )
 BATCH_WAIT_SECONDS = Histogram(
     "understudy_batch_wait_seconds", "Time that a rank waited for its batch", buckets=SECONDS
@@ -142,16 +153,28 @@ WEIGHT_PUBLISH_SECONDS = Histogram(
     "Time from a version's first part until its commit",
     buckets=SECONDS,
 )
-WEIGHT_BYTES = Counter("understudy_weight_bytes_total", "Weight bytes served", ["encoding"])
+WEIGHT_BYTES = Counter("understudy_weight_bytes_total", "Weight bytes served", ["kind"])
 
 # Trainer.
 TRAIN_STEP_SECONDS = Histogram(
     "understudy_train_step_seconds", "Time of a step's phases", ["phase"], buckets=SECONDS
 )
 TRAINED_TOKENS = Counter("understudy_trained_tokens_total", "Sampled tokens that were trained on")
+TOKENS_BY_STALENESS = Counter(
+    "understudy_trained_tokens_by_staleness_total",
+    "Sampled tokens that were trained on, by steps behind (at most; `more` is above them all)",
+    ["versions"],
+)
+SKIPPED_UPDATES = Counter(
+    "understudy_skipped_updates_total",
+    "Updates that were left out: loss or gradient not finite, or too small an effective sample",
+)
 LAST_STEP = Gauge("understudy_last_step_timestamp_seconds", "When the last step ended, Unix time")
 LOSS = Gauge("understudy_loss", "Loss of the last step")
-REWARD = Gauge("understudy_reward", "Mean reward of the last batch")
+REWARD = Gauge(
+    "understudy_reward",
+    "Mean reward of the last batch, as it is learned from: with penalties of length",
+)
 GRAD_NORM = Gauge("understudy_grad_norm", "Gradient norm of the last step, before clipping")
 ENTROPY = Gauge("understudy_entropy", "Mean negative log-probability of sampled tokens, in nats")
 EFFECTIVE_SAMPLE_SIZE = Gauge(

@@ -80,7 +80,7 @@ def _set_up_logging(role: str) -> None:
     else:
         handler.setFormatter(_JsonLines(role))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for noisy in ("httpx", "urllib3", "asyncio"):
+    for noisy in ("httpx", "httpx2", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

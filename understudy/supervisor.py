@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from understudy.config import NetworkConfig
 from understudy.errors import PeerUnreachableError, UnderstudyError
 from understudy.rpc import open_sync_channel
+from understudy.v1 import control_pb2, control_pb2_grpc
 
 _log = logging.getLogger(__name__)
 # By util-linux, not by preexec_fn: with that Python forks, which gRPC's threads do not survive.
@@ -133,6 +134,31 @@ class Supervisor:
                     )
                 each_poll()
                 time.sleep(_POLL_SECONDS)
+
+    def wait_figure(
+        self,
+        name: str,
+        address: str,
+        network: NetworkConfig,
+        figure: str,
+        each_poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Wait until a child's server says that one of its figures is 0, or the child has ended.
+
+        Raises:
+            ProcessEndedError: a child ended with an error.
+        """
+        with open_sync_channel(address, network) as channel:
+            stub = control_pb2_grpc.ControlServiceStub(channel)
+            while self._children[name].poll() is None:
+                self.check()
+                with contextlib.suppress(grpc.RpcError):  # it may be starting again, or ending
+                    status = stub.GetStatus(control_pb2.GetStatusRequest(), timeout=10)
+                    if not status.figures[figure]:
+                        return
+                each_poll()
+                time.sleep(_POLL_SECONDS)
+        self.check()
 
     def stop(self, *names: str) -> None:
         """End children and all their descendants: SIGTERM, grace, SIGKILL.

@@ -6,6 +6,7 @@ T tokens a segment, of which G were sampled by the policy. Columns stay arrays a
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ import numpy.typing as npt
 import zstandard
 from google.protobuf.message import DecodeError
 
+from understudy.compression import Contexts
 from understudy.v1 import common_pb2, trajectory_pb2
+from understudy.wire import WireError, check_num_fields
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -25,7 +28,9 @@ MAX_DECODED_BYTES = 64 * 2**20
 MAX_FIELDS = 2**12
 """Most fields of a payload: those of the trajectory and of its segments, each turn being one. An
 empty segment is two bytes in a payload, but hundreds once decoded: 6 KB can hold 8 GB of them."""
+_SEGMENTS = trajectory_pb2.Trajectory.SEGMENTS_FIELD_NUMBER
 MAX_TEMPERATURE = 10.0
+_PART = re.compile(r"[A-Za-z0-9_-]{0,64}")
 
 
 class TrajectoryError(ValueError):
@@ -47,6 +52,16 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartCall:
+    """A tool call by which one part of an agent called another."""
+
+    turn: int
+    """Turn whose reply made the call."""
+    tool_call: int
+    """Which of the reply's tool calls, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segment:
     """One token sequence with its columns."""
 
@@ -58,6 +73,12 @@ class Segment:
     """[G] behaviour log-probabilities of the sampled tokens."""
     version_spans: tuple[VersionSpan, ...]
     """Policy versions over the G sampled tokens, ascending and contiguous from 0."""
+    part: str = ""
+    """The agent's part that it belongs to; empty where the agent has no parts."""
+    frozen: bool = False
+    """It is not learned from: its part does not learn, and may be another policy."""
+    caller: PartCall | None = None
+    """Where the part was called, or handed the conversation; None of the part that begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +120,31 @@ class Trajectory:
     duration_seconds: float
 
     @property
+    def trainable(self) -> tuple[Segment, ...]:
+        """The segments that may be learned from: all that are not frozen."""
+        return tuple(segment for segment in self.segments if not segment.frozen)
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of all segments."""
-        return sum(len(segment.token_ids) for segment in self.segments)
+        """Tokens of all trainable segments."""
+        return sum(len(segment.token_ids) for segment in self.trainable)
 
     @property
     def num_sampled_tokens(self) -> int:
-        """Tokens that the policy sampled."""
-        return sum(len(segment.logprobs) for segment in self.segments)
+        """Tokens of trainable segments that the policy sampled."""
+        return sum(len(segment.logprobs) for segment in self.trainable)
+
+    @property
+    def versions(self) -> frozenset[int]:
+        """Policy versions that sampled a token of a trainable segment."""
+        return frozenset(
+            span.version for segment in self.trainable for span in segment.version_spans
+        )
 
     @property
     def oldest_version(self) -> int | None:
-        """Lowest policy version of any sampled token; None if nothing was sampled."""
-        spans = [span.version for segment in self.segments for span in segment.version_spans]
-        return min(spans, default=None)
+        """Lowest of the versions; None if there is none."""
+        return min(self.versions, default=None)
 
 
 def encode_trajectory(trajectory: Trajectory) -> bytes:
@@ -131,22 +163,47 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
         sampling=common_pb2.SamplingParameters(temperature=trajectory.temperature),
     )
     message.duration.FromNanoseconds(int(trajectory.duration_seconds * 1e9))
-    return _COMPRESSOR.compress(message.SerializeToString())
+    return _ZSTD.compressor.compress(message.SerializeToString())
 
 
-_COMPRESSOR = zstandard.ZstdCompressor(level=3, write_content_size=True, write_checksum=True)
+_ZSTD = Contexts(level=3, checksum=True)
 
 
 def _encode_segment(segment: Segment) -> trajectory_pb2.Segment:
     return trajectory_pb2.Segment(
-        token_ids=segment.token_ids.astype("<i4", copy=False).tobytes(),
+        token_ids=_to_planes(segment.token_ids.astype("<i4", copy=False)),
         loss_mask=segment.loss_mask.astype(np.uint8).tobytes(),
-        logprobs=segment.logprobs.astype("<f4", copy=False).tobytes(),
+        logprobs=_to_planes(segment.logprobs.astype("<f4", copy=False)),
         version_spans=[
             common_pb2.VersionSpan(version=span.version, start=span.start, end=span.end)
             for span in segment.version_spans
         ],
+        part=segment.part,
+        frozen=segment.frozen,
+        caller=_encode_call(segment.caller) if segment.caller else None,
     )
+
+
+def _encode_call(call: PartCall) -> trajectory_pb2.PartCall:
+    return trajectory_pb2.PartCall(turn=call.turn, tool_call=call.tool_call)
+
+
+def _to_planes(values: IntArray | FloatArray) -> bytes:
+    """4-byte values as 4 planes of bytes, the lowest first."""
+    table = values.view(np.uint8).reshape(-1, 4)
+    planes = np.empty((4, len(values)), np.uint8)
+    for index in range(4):  # three times as fast as a transposed copy
+        planes[index] = table[:, index]
+    return planes.tobytes()
+
+
+def _from_planes(data: bytes) -> npt.NDArray[np.uint8]:
+    """The bytes of 4-byte values, one value behind the other."""
+    planes = np.frombuffer(data, np.uint8).reshape(4, -1)
+    table = np.empty((planes.shape[1], 4), np.uint8)
+    for index in range(4):
+        table[:, index] = planes[index]
+    return table.reshape(-1)
 
 
 def _encode_turn(turn: Turn) -> trajectory_pb2.Turn:
@@ -200,7 +257,10 @@ def decode_payload(
         payload = _decompress(payload, max_decoded_bytes)
     elif encoding != common_pb2.ENCODING_RAW:
         raise TrajectoryError("BAD_PAYLOAD", f"encoding {encoding} is unknown; use zstd or raw")
-    _check_num_fields(payload)
+    try:
+        check_num_fields(payload, _SEGMENTS, MAX_FIELDS)
+    except WireError as error:
+        raise TrajectoryError(error.reason, f"payload {error}") from None
     try:
         message = trajectory_pb2.Trajectory.FromString(payload)
     except DecodeError as error:
@@ -215,70 +275,27 @@ def decoded_size(payload: bytes, encoding: "common_pb2.Encoding.ValueType") -> i
     return len(payload)
 
 
-_DECOMPRESSOR = zstandard.ZstdDecompressor(max_window_size=2**27)
-
-
 def _decompress(payload: bytes, limit: int) -> bytes:
     # A frame's own size claim is checked before any output is made: decompress() trusts it.
     try:
         size = zstandard.get_frame_parameters(payload).content_size
         if size > limit:  # an absent size reads as 2**64 - 1
             raise TrajectoryError("TOO_LARGE", f"content size {size} is absent or above {limit}")
-        return _DECOMPRESSOR.decompress(payload, allow_extra_data=False)
+        return _ZSTD.decompressor.decompress(payload, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise TrajectoryError("BAD_PAYLOAD", f"zstd: {error}") from None
-
-
-_VARINT, _LENGTH_DELIMITED = 0, 2
-_SEGMENTS_TAG = trajectory_pb2.Trajectory.SEGMENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_FIXED_BYTES = {1: 8, 5: 4}
-"""Bytes of a value by wire type, where the type says it."""
-
-
-def _check_num_fields(payload: bytes) -> None:
-    """Refuse what a parser would make millions of messages of. Walks the wire format, and ends
-    early only where a parser finds the payload malformed."""
-    position = segment_end = num_fields = 0
-    while position < len(payload):
-        num_fields += 1
-        if num_fields > MAX_FIELDS:
-            raise TrajectoryError("TOO_LARGE", f"payload has more than {MAX_FIELDS} fields")
-        end = segment_end if position < segment_end else len(payload)
-        tag, position = _read_varint(payload, position)
-        kind = tag & 7
-        if kind == _VARINT:
-            _, position = _read_varint(payload, position)
-        elif kind == _LENGTH_DELIMITED:
-            length, position = _read_varint(payload, position)
-            if position + length > end:
-                return
-            if tag == _SEGMENTS_TAG and end > segment_end:  # go on with the fields inside
-                segment_end = position + length
-            else:
-                position += length
-        elif kind in _FIXED_BYTES:
-            position += _FIXED_BYTES[kind]
-        else:
-            raise TrajectoryError("BAD_PAYLOAD", f"payload has a field of wire type {kind}")
-        if position > end:
-            return
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """The varint at a position, and where it ends; beyond the data come zeros."""
-    value = shift = 0
-    for byte in data[position : position + 10]:
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            break
-        shift += 7
-    return value, position
 
 
 def _decode(message: trajectory_pb2.Trajectory) -> Trajectory:
     segments = tuple(_decode_segment(i, item) for i, item in enumerate(message.segments))
     turns = tuple(_decode_turn(i, item, segments) for i, item in enumerate(message.turns))
+    for index, turn in enumerate(turns):
+        caller = segments[turn.segment].caller
+        if caller and caller.turn >= index:
+            where = f"segments[{turn.segment}].caller.turn"
+            raise TrajectoryError(
+                "BAD_PAYLOAD", f"{where} {caller.turn} is not before turn {index}"
+            )
     if not math.isfinite(message.reward):
         raise TrajectoryError("BAD_PAYLOAD", f"reward {message.reward} is not finite")
     if not 0 <= message.sampling.temperature <= MAX_TEMPERATURE:
@@ -307,9 +324,9 @@ def _decode_segment(index: int, message: trajectory_pb2.Segment) -> Segment:
     where = f"segments[{index}]"
     if len(message.token_ids) % 4 or len(message.logprobs) % 4:
         raise TrajectoryError("BAD_PAYLOAD", f"{where}: columns are not whole 4-byte values")
-    token_ids = np.frombuffer(message.token_ids, "<i4")
+    token_ids = _from_planes(message.token_ids).view("<i4")
     mask = np.frombuffer(message.loss_mask, np.uint8)
-    logprobs = np.frombuffer(message.logprobs, "<f4")
+    logprobs = _from_planes(message.logprobs).view("<f4")
     if len(mask) != len(token_ids) or (mask > 1).any():
         raise TrajectoryError(
             "BAD_PAYLOAD", f"{where}.loss_mask: {len(mask)} values for {len(token_ids)} tokens"
@@ -325,11 +342,21 @@ def _decode_segment(index: int, message: trajectory_pb2.Segment) -> Segment:
         raise TrajectoryError("BAD_PAYLOAD", f"{where}.logprobs: a value is not finite or above 0")
     if (token_ids < 0).any():
         raise TrajectoryError("BAD_PAYLOAD", f"{where}.token_ids: a negative id")
+    if not _PART.fullmatch(message.part):
+        raise TrajectoryError(
+            "BAD_PAYLOAD",
+            f"{where}.part {message.part[:80]!r}: use at most 64 letters, digits, '_' and '-'",
+        )
     return Segment(
         token_ids=token_ids,
         loss_mask=mask.astype(bool),
         logprobs=logprobs,
         version_spans=decode_spans(message.version_spans, num_sampled, where),
+        part=message.part,
+        frozen=message.frozen,
+        caller=PartCall(turn=message.caller.turn, tool_call=message.caller.tool_call)
+        if message.HasField("caller")
+        else None,
     )
 
 

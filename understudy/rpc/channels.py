@@ -135,6 +135,8 @@ def _field(address: str, network: NetworkConfig) -> str:
     """Name of the field that an address comes from, for messages."""
     if address == network.learner:
         return "network.learner"
+    if address == network.weights:
+        return "network.weights"
     if address in network.inference:
         return "network.inference"
     return "network.envservers" if address in network.envservers else "address"

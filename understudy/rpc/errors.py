@@ -45,6 +45,16 @@ class ServiceError(Exception):
             status_pb2.Status(code=number, message=self.message, details=details)
         )
 
+    def to_rpc_error(self) -> grpc.aio.AioRpcError:
+        """The error as a caller sees the status that it becomes."""
+        status = self.to_status()
+        return grpc.aio.AioRpcError(
+            status.code,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata.from_tuple(status.trailing_metadata),
+            status.details,
+        )
+
 
 def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
     packed = any_pb2.Any()

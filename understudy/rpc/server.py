@@ -52,8 +52,11 @@ class RoleServer:
         services: Sequence[Service],
         control: RoleControl,
         max_message_bytes: int = MEBIBYTE,
+        field: str = "",
     ) -> None:
         self.role = role
+        self.field = field or f"{role}.listen"
+        """Key in the config that `listen` comes from, for messages."""
         self.listen = listen
         self.network = network
         self.control = control
@@ -81,8 +84,7 @@ class RoleServer:
         Raises:
             ConfigError: port in use, address not usable, or plaintext beyond this machine.
         """
-        field = f"{self.role}.listen"
-        require_secure(self.listen, self.network, field)
+        require_secure(self.listen, self.network, self.field)
         for service in self._services:
             service.add(service.servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -94,8 +96,8 @@ class RoleServer:
             self.port = self._add_port()
         except RuntimeError:
             raise ConfigError(
-                f"{field} = {self.listen!r}: cannot bind; the port is in use or the address is "
-                "not this machine's; choose another"
+                f"{self.field} = {self.listen!r}: cannot bind; the port is in use or the address "
+                "is not this machine's; choose another"
             ) from None
         await self._set_health(_STATUS.NOT_SERVING)
         await self._server.start()
