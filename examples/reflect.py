@@ -9,19 +9,22 @@
 
 Everything it knows of the messages comes from the server's reflection service. Requests and
 responses are JSON as protobuf maps it: `bytes` are base64. A method to which the client streams
-takes as many requests as are given, one behind the other. Needs grpcio, grpcio-reflection and
+takes as many requests as are given, and the next one once the one before is answered, if answers
+stream too. Needs grpcio, grpcio-reflection and
 grpcio-status.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
 from google.protobuf import json_format
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -90,9 +93,23 @@ def call(
         request_serializer=lambda message: message.SerializeToString(),
         response_deserializer=GetMessageClass(method.output_type).FromString,
     )
-    answer = stub(iter(messages) if method.client_streaming else messages[0], timeout=timeout)
-    for response in answer if method.server_streaming else [answer]:
-        yield json_format.MessageToJson(response, always_print_fields_with_no_presence=True)
+    answered: SimpleQueue[None] = SimpleQueue()
+    asked = paced(messages, answered) if all(kind) else iter(messages)
+    answer = stub(asked if method.client_streaming else messages[0], timeout=timeout)
+    try:
+        for response in answer if method.server_streaming else [answer]:
+            yield json_format.MessageToJson(response, always_print_fields_with_no_presence=True)
+            answered.put(None)
+    finally:
+        answered.put(None)
+
+
+def paced(messages: Sequence[Message], answered: "SimpleQueue[None]") -> Iterator[Message]:
+    """One message after the other, the next once the one before is answered."""
+    for index, message in enumerate(messages):
+        if index:
+            answered.get()
+        yield message
 
 
 def reason(error: grpc.RpcError) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections.abc import AsyncIterator
 from itertools import product
@@ -15,6 +14,7 @@ from prometheus_client import REGISTRY
 
 from conftest import serving
 from intake_rig import Rig, make_config, running, trajectory
+from learner.weights.bundle import Bundle
 from understudy.client import (
     BatchClient,
     Lease,
@@ -22,12 +22,14 @@ from understudy.client import (
     TaskClient,
     TrajectoryClient,
     WeightClient,
-    WeightError,
+    WeightsRefusedError,
 )
-from understudy.config import NetworkConfig
+from understudy.config import LoraConfig, NetworkConfig
 from understudy.rpc import Service, error_reason
 from understudy.trajectory import Trajectory, TrajectoryError
 from understudy.v1 import common_pb2, task_pb2, weight_pb2, weight_pb2_grpc
+from understudy.weights.encoding import digest_of
+from understudy.weights.manifest import seal
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -135,13 +137,22 @@ async def test_what_is_published_is_announced_and_fetched(tmp_path: Path) -> Non
                 assert await client.publish(step=1, **publish) == 2
                 assert (await anext(versions)).step == 1
             weights = await client.fetch()
-            assert (weights.manifest.version, weights.manifest.step) == (2, 1)
-            assert weights.payload == b"".join(tensor.tobytes() for tensor in TENSORS.values())
-            shapes = {part.name: tuple(part.shape) for part in weights.manifest.slices}
-            assert shapes == {name: tensor.shape for name, tensor in TENSORS.items()}
+            assert (weights.version, weights.manifest.step) == (2, 1)
+            assert_same(weights.arrays(), TENSORS)
+            changed = {name: tensor.copy() for name, tensor in TENSORS.items()}
+            changed["model.norm.weight"][1] = 3.5
+            assert await client.publish(step=2, **publish | {"tensors": changed}) == 3
+            assert_same((await client.fetch(base=weights)).arrays(), changed)
+            assert_same(weights.arrays(), TENSORS)
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await client.fetch(target_version=9)
             assert error_reason(error.value) == "UNKNOWN_VERSION"
+
+
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        np.testing.assert_array_equal(value, expected[name])
 
 
 async def test_the_bundle_and_reports_of_replicas(tmp_path: Path) -> None:
@@ -149,7 +160,10 @@ async def test_the_bundle_and_reports_of_replicas(tmp_path: Path) -> None:
         folder = tmp_path / "fetched"
         folder.mkdir()
         async with WeightClient.connect(address_of(rig)) as client:
-            assert await client.fetch_model_bundle(folder) == rig.server.bundle.digest
+            assert (
+                await client.fetch_model_bundle(folder)
+                == Bundle.read(rig.intake.config.model.path, LoraConfig()).digest
+            )
             await client.report_replica("r0", 1, pause_seconds=0.25)
         assert (folder / "tokenizer.json").exists()
         lines = (rig.intake.config.run.path / "metrics.jsonl").read_text().splitlines()
@@ -167,18 +181,19 @@ class LyingStore(weight_pb2_grpc.WeightServiceServicer):
         self, request: weight_pb2.FetchWeightsRequest, context: object
     ) -> AsyncIterator[weight_pb2.FetchWeightsResponse]:
         part = weight_pb2.TensorSlice(
-            name="w", num_bytes=4, digest=hashlib.sha256(b"good").digest()
-        )
+            name="w", dtype="BF16", shape=[2], num_elements=2, num_bytes=4,
+            encoding=weight_pb2.TENSOR_ENCODING_DENSE,
+            digest=digest_of(np.frombuffer(b"good", np.uint8)),
+        )  # fmt: skip
         manifest = weight_pb2.WeightManifest(version=1, slices=[part], payload_bytes=4)
+        seal(manifest)
         yield weight_pb2.FetchWeightsResponse(manifest=manifest)
         yield weight_pb2.FetchWeightsResponse(chunk=self.payload)
 
 
-@pytest.mark.parametrize(
-    ("payload", "said"),
-    [(b"evil", "wrong SHA-256"), (b"goo", "wrong SHA-256"), (b"good!", "more than the 4 bytes")],
-)
-async def test_weights_that_lie_are_refused(payload: bytes, said: str) -> None:
+@contextlib.asynccontextmanager
+async def client_of(payload: bytes) -> AsyncIterator[WeightClient]:
+    """A client of a store that sends a payload."""
     service = Service(
         name="understudy.v1.WeightService",
         add=weight_pb2_grpc.add_WeightServiceServicer_to_server,
@@ -186,5 +201,24 @@ async def test_weights_that_lie_are_refused(payload: bytes, said: str) -> None:
     )
     async with serving(service, role="learner") as address:
         async with WeightClient.connect(address) as client:
-            with pytest.raises(WeightError, match=said):
-                await client.fetch()
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (b"evil", "BAD_DIGEST"),
+        (b"goo", "BAD_PAYLOAD: 3 of 4 bytes"),
+        (b"good!", "BAD_PAYLOAD: more than the 4 bytes"),
+    ],
+)
+async def test_weights_that_lie_are_refused(payload: bytes, said: str) -> None:
+    async with client_of(payload) as client:
+        with pytest.raises(WeightsRefusedError, match=said):
+            await client.fetch()
+
+
+async def test_bfloat16_comes_as_the_same_values_in_float32() -> None:
+    async with client_of(b"good") as client:
+        value = (await client.fetch()).array("w")
+        assert value.view("<u4").tolist() == [0x6F670000, 0x646F0000]

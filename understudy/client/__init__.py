@@ -15,8 +15,9 @@ from understudy.client.environment import EnvironmentClient, Observation, Openin
 from understudy.client.inference import Generation, InferenceClient
 from understudy.client.tasks import Lease, Leases, TaskClient
 from understudy.client.trajectories import PushRefusedError, TrajectoryClient
-from understudy.client.weights import WeightClient, WeightError, Weights
+from understudy.client.weights import WeightClient, Weights
 from understudy.v1.common_pb2 import SamplingParameters
+from understudy.weights.errors import WeightsRefusedError
 
 __all__ = [
     "Batch",
@@ -37,8 +38,8 @@ __all__ = [
     "TaskClient",
     "TrajectoryClient",
     "WeightClient",
-    "WeightError",
     "Weights",
+    "WeightsRefusedError",
     "fetch_model_bundle",
     "wait_any_ready",
 ]

@@ -27,7 +27,7 @@ class Batch:
     header: batch_pb2.BatchHeader
     """The whole batch in numbers, the same for every rank."""
     trajectories: tuple[BatchTrajectory, ...]
-    """The rank's own; uniform groups have none."""
+    """The rank's own; uniform groups have none unless the header says that they are kept."""
 
 
 class BatchClient(Client):

@@ -1,6 +1,7 @@
-"""Fetches a model bundle (configuration, tokenizer, chat template) from the learner."""
+"""Fetches a model bundle (configuration, tokenizer, chat template) from whoever has it."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -20,12 +21,30 @@ class BundleError(UnderstudyError):
     """A bundle that breaks its own header: bad name, size or digest."""
 
 
-async def fetch_model_bundle(channel: grpc.aio.Channel, folder: Path, timeout: float = 60.0) -> str:
-    """Write the learner's model bundle into a folder and return its digest.
+@dataclass(frozen=True, kw_only=True)
+class ModelBundle:
+    """A bundle in memory."""
+
+    header: weight_pb2.ModelBundleHeader
+    content: bytes
+    """All files, one behind the other."""
+
+    @property
+    def digest(self) -> str:
+        """Digest over all names and files."""
+        return self.header.bundle_digest
+
+    def write(self, folder: Path) -> None:
+        """Write the files. Raises BundleError: content that is not what the header says."""
+        _write(self.header, memoryview(self.content), folder)
+
+
+async def read_model_bundle(channel: grpc.aio.Channel, timeout: float = 60.0) -> ModelBundle:
+    """Fetch a model bundle into memory.
 
     Raises:
-        BundleError: a file name with a separator, or content that is not what the header says.
-        grpc.aio.AioRpcError: the learner did not answer.
+        BundleError: a file name with a separator, or more bytes than any bundle has.
+        grpc.aio.AioRpcError: the peer did not answer, or has no bundle.
     """
     stub = weight_pb2_grpc.WeightServiceStub(channel)
     stream = stub.FetchModelBundle(weight_pb2.FetchModelBundleRequest(), timeout=timeout)
@@ -39,8 +58,19 @@ async def fetch_model_bundle(channel: grpc.aio.Channel, folder: Path, timeout: f
             content += response.chunk
             if len(content) > MAX_BUNDLE_BYTES:
                 raise BundleError(f"model bundle: more than {MAX_BUNDLE_BYTES} bytes came")
-    _write(header, memoryview(bytes(content)), folder)
-    return header.bundle_digest
+    return ModelBundle(header=header, content=bytes(content))
+
+
+async def fetch_model_bundle(channel: grpc.aio.Channel, folder: Path, timeout: float = 60.0) -> str:
+    """Write the learner's model bundle into a folder and return its digest.
+
+    Raises:
+        BundleError: a file name with a separator, or content that is not what the header says.
+        grpc.aio.AioRpcError: the learner did not answer.
+    """
+    bundle = await read_model_bundle(channel, timeout)
+    bundle.write(folder)
+    return bundle.digest
 
 
 def _check(header: weight_pb2.ModelBundleHeader) -> None:

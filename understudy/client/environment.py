@@ -1,15 +1,14 @@
-"""Client of EnvironmentService: an episode is a session, a session is a stream."""
+"""Client of EnvironmentService: an episode is a session, and all sessions share a stream."""
 
 import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import grpc
+from typing import Any
 
 from understudy.client.base import Client
+from understudy.client.sessions import SessionStream
 from understudy.config import NetworkConfig
 from understudy.v1 import common_pb2, environment_pb2, environment_pb2_grpc
 
@@ -24,6 +23,13 @@ class Opening:
     """[{"role", "content"}]."""
     tools: list[dict[str, Any]]
     """[{"name", "description", "parameters"}]."""
+    tags: tuple[str, ...] = ()
+    """Kinds that the task is of."""
+    unscored: bool = False
+    """Rewards say nothing: the right answer is not known."""
+    driven: bool = False
+    """The environment leads the conversation over the endpoint that it was given; what is left to
+    do is `follow`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +46,26 @@ class Observation:
 class Session:
     """One episode. Calls go strictly one after another."""
 
-    def __init__(
-        self,
-        call: "grpc.aio.StreamStreamCall[Any, Any]",
-        step_timeout_seconds: float,
-    ) -> None:
-        self._call = call
+    def __init__(self, stream: SessionStream, number: int, step_timeout_seconds: float) -> None:
+        self._stream = stream
+        self._number = number
         self._timeout = step_timeout_seconds
         self._turn = 0
 
-    async def reset(self, suite: str, split: str, task_ordinal: int) -> Opening:
+    async def reset(self, suite: str, split: str, task_ordinal: int, endpoint: str = "") -> Opening:
         """Begin the episode.
+
+        Args:
+            endpoint: base URL that speaks for the policy in this episode, if there is one.
 
         Raises:
             grpc.aio.AioRpcError: with the codes that the rpc's comment lists.
             TimeoutError: the environment did not answer in time; the session is over.
         """
         task = common_pb2.TaskReference(suite=suite, split=split, task_ordinal=task_ordinal)
-        request = environment_pb2.SessionRequest(reset=environment_pb2.ResetRequest(task=task))
+        request = environment_pb2.SessionRequest(
+            reset=environment_pb2.ResetRequest(task=task, endpoint=endpoint)
+        )
         reset = (await self._ask(request)).reset
         return Opening(
             task_id=reset.task_id,
@@ -71,6 +79,9 @@ class Session:
                 }
                 for tool in reset.tools
             ],
+            tags=tuple(reset.tags),
+            unscored=reset.unscored,
+            driven=reset.driven,
         )
 
     async def step(
@@ -92,8 +103,8 @@ class Session:
                 text=_utf8(text),
             )
         )
-        self._turn += 1
         step = (await self._ask(request)).step
+        self._turn += 1
         return Observation(
             messages=_messages(step.messages),
             reward=step.reward,
@@ -101,26 +112,21 @@ class Session:
             truncated=step.truncated,
         )
 
+    async def follow(self) -> Observation:
+        """Wait until an environment that leads the conversation is done.
+
+        Raises:
+            grpc.aio.AioRpcError: with the codes that the rpc's comment lists.
+            TimeoutError: it did not end in time; the session is over.
+        """
+        return await self.step()
+
     async def _ask(
         self, request: environment_pb2.SessionRequest
     ) -> environment_pb2.SessionResponse:
+        request.session = self._number
         async with asyncio.timeout(self._timeout):
-            try:
-                await self._call.write(request)
-                response = await self._call.read()
-            except asyncio.InvalidStateError:  # the server has ended the call
-                await self._raise_status()
-        if not isinstance(response, environment_pb2.SessionResponse):
-            await self._raise_status()
-        return response
-
-    async def _raise_status(self) -> NoReturn:
-        raise grpc.aio.AioRpcError(
-            await self._call.code(),
-            await self._call.initial_metadata(),
-            await self._call.trailing_metadata(),
-            await self._call.details(),
-        )
+            return await self._stream.ask(request)
 
 
 def _utf8(text: str) -> str:
@@ -140,6 +146,8 @@ class EnvironmentClient(Client):
     def __init__(self, address: str, network: NetworkConfig) -> None:
         super().__init__(address, network)
         self._stub = environment_pb2_grpc.EnvironmentServiceStub(self.channel)
+        self._stream: SessionStream | None = None
+        self._num_opened = 0
 
     async def describe(self, suite: str = "") -> environment_pb2.DescribeSuiteResponse:
         """A suite's splits, levels and digest."""
@@ -149,9 +157,18 @@ class EnvironmentClient(Client):
     @contextlib.asynccontextmanager
     async def session(self, step_timeout_seconds: float = 330.0) -> AsyncIterator[Session]:
         """Open a session; the environment lives until the block ends."""
-        call = self._stub.Session()
+        if self._stream is None or self._stream.ended:
+            self._stream = SessionStream(self._stub.Sessions())
+        stream = self._stream
+        self._num_opened += 1
+        number = self._num_opened
         try:
-            yield Session(call, step_timeout_seconds)
+            yield Session(stream, number, step_timeout_seconds)
         finally:
-            # An abandoned call is never collected: cancel ends it whatever its state.
-            call.cancel()
+            stream.give_up(number)
+
+    async def close(self) -> None:
+        """Close the channel; sessions that are open end."""
+        if self._stream:
+            await self._stream.close()
+        await super().close()

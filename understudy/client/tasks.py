@@ -23,6 +23,8 @@ class Lease:
     max_turns: int
     max_tokens: int
     min_version: int
+    max_version: int = 0
+    """Highest policy version that may play it; 0 for any."""
     expires_after_seconds: float
 
 
@@ -77,5 +79,6 @@ def _lease(message: task_pb2.Lease) -> Lease:
         max_turns=message.max_turns,
         max_tokens=message.max_tokens,
         min_version=message.min_version,
+        max_version=message.max_version,
         expires_after_seconds=message.expires_after.ToNanoseconds() / 1e9,
     )

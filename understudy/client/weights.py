@@ -1,32 +1,57 @@
-"""Client of WeightService: versions of the policy, and the files that go with them."""
+"""Client of WeightService and VersionService: the policy's versions, and the files beside them."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from understudy.client.base import Client
 from understudy.client.bundle import fetch_model_bundle
 from understudy.config import NetworkConfig
-from understudy.errors import UnderstudyError
 from understudy.trajectory import FloatArray
 from understudy.v1 import weight_pb2, weight_pb2_grpc
-
-CHUNK_BYTES = 2**20
-
-
-class WeightError(UnderstudyError):
-    """Weights that break their own manifest: size or digest."""
+from understudy.weights.encoding import DENSE, Delta, words
+from understudy.weights.errors import WeightsRefusedError
+from understudy.weights.layout import HostBuffer, Layout, WeightBuffer
+from understudy.weights.links import CHUNK_BYTES
+from understudy.weights.manifest import describe_slice, seal
+from understudy.weights.transfer import Fetch, HeldWeights, copy_values, fetch_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A version as it was sent."""
+    """A version, verified."""
 
     manifest: weight_pb2.WeightManifest
-    payload: bytes
-    """The bytes of the manifest's slices, one behind the other."""
+    """Of the link that led to it: run, epoch, version, step, probe, and a digest of every slice."""
+    buffer: WeightBuffer
+    """The values' bytes by tensor, and their layout."""
+
+    @property
+    def version(self) -> int:
+        """Its number."""
+        return self.manifest.version
+
+    def array(self, name: str) -> FloatArray:
+        """A tensor as float32, to which bfloat16 is widened exactly."""
+        entry = next(entry for entry in self.buffer.layout if entry.name == name)
+        bits = words(entry.dtype, self.buffer.tensor_bytes(name))
+        if entry.dtype == "BF16":
+            bits = bits.astype("<u4") << 16
+        return bits.view("<f4").reshape(entry.shape)
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """All tensors by name."""
+        return {entry.name: self.array(entry.name) for entry in self.buffer.layout}
+
+
+async def _prepare(layout: Layout, base: HeldWeights | None) -> HostBuffer:
+    buffer = HostBuffer(layout)
+    if base is not None:
+        await asyncio.to_thread(copy_values, base.buffer, buffer)
+    return buffer
 
 
 class WeightClient(Client):
@@ -37,6 +62,7 @@ class WeightClient(Client):
     def __init__(self, address: str, network: NetworkConfig) -> None:
         super().__init__(address, network)
         self._stub = weight_pb2_grpc.WeightServiceStub(self.channel)
+        self._versions = weight_pb2_grpc.VersionServiceStub(self.channel)
 
     async def watch_versions(
         self, replica_id: str = ""
@@ -55,36 +81,31 @@ class WeightClient(Client):
             call.cancel()
 
     async def fetch(
-        self, base_version: int = 0, target_version: int = 0, timeout: float = 600.0
+        self, base: Weights | None = None, target_version: int = 0, timeout: float = 600.0
     ) -> Weights:
-        """Fetch a version into memory and check every digest.
+        """Fetch a version into memory, by deltas if that is shorter, and check every value.
 
         Args:
-            base_version: version that the caller holds; 0 for none.
-            target_version: version that it wants; 0 for the newest.
+            base: what the caller holds; it is left as it is.
+            target_version: version that it wants, newer than the base; 0 for the newest.
             timeout: deadline in seconds.
 
+        Returns:
+            The version; the base itself if nothing is newer.
+
         Raises:
-            WeightError: the payload is not what its manifest says.
+            WeightsRefusedError: what came breaks a rule; fetching again without a base heals a
+                delta that does not fit.
             grpc.aio.AioRpcError: with the codes that the rpc's comment lists.
         """
-        request = weight_pb2.FetchWeightsRequest(
-            base_version=base_version, target_version=target_version
-        )
-        manifest = weight_pb2.WeightManifest()
-        payload = bytearray()
-        call = self._stub.FetchWeights(request, timeout=timeout)
-        try:
-            async for response in call:
-                if response.HasField("manifest"):
-                    manifest = response.manifest
-                payload += response.chunk
-                if len(payload) > manifest.payload_bytes:
-                    raise WeightError(f"more than the {manifest.payload_bytes} bytes announced")
-        finally:
-            call.cancel()
-        await asyncio.to_thread(_check, manifest, memoryview(payload))
-        return Weights(manifest=manifest, payload=bytes(payload))
+        held = HeldWeights(manifest=base.manifest, buffer=base.buffer) if base else None
+        fetch = Fetch(current=held, target_version=target_version, timeout_seconds=timeout)
+        found = await fetch_weights(self._stub, fetch, _prepare)
+        if found is not None:
+            return Weights(manifest=found.manifest, buffer=found.buffer)
+        if base is None:
+            raise WeightsRefusedError("BAD_MANIFEST", "the peer sent no weights")
+        return base
 
     async def fetch_model_bundle(self, folder: Path) -> str:
         """Write configuration, tokenizer and chat template to a folder; returns their digest.
@@ -105,7 +126,7 @@ class WeightClient(Client):
         pause_seconds: float = 0.0,
         apply_seconds: float = 0.0,
     ) -> None:
-        """Tell what a replica serves; mismatches are |engine's - learner's| log-probabilities."""
+        """Tell the learner what a replica serves; mismatches are those of log-probabilities."""
         report = weight_pb2.ReportReplicaRequest(
             replica_id=replica_id,
             version=version,
@@ -114,7 +135,7 @@ class WeightClient(Client):
             pause_seconds=pause_seconds,
             apply_seconds=apply_seconds,
         )
-        await self._stub.ReportReplica(report, timeout=10)
+        await self._versions.ReportReplica(report, timeout=10)
 
     async def publish(
         self,
@@ -141,27 +162,17 @@ class WeightClient(Client):
             grpc.aio.AioRpcError: with the codes that the rpc's comment lists.
         """
         values = [tensor.astype("<f4", copy=False).tobytes() for tensor in tensors.values()]
-        slices = [
-            _describe(name, tensor, data)
-            for (name, tensor), data in zip(tensors.items(), values, strict=True)
-        ]
+        slices = []
+        for (name, tensor), data in zip(tensors.items(), values, strict=True):
+            flat = np.frombuffer(data, np.uint8)
+            dense = Delta(encoding=DENSE, values=flat)
+            slices.append(describe_slice(name, "F32", tensor.shape, 0, flat, dense))
         header = weight_pb2.PartHeader(
             run_id=run_id, epoch=epoch, step=step, num_parts=1, slices=slices
         )
+        seal(header)
         messages = _messages(header, b"".join(values))
         return (await self._stub.PublishWeights(messages, timeout=timeout)).version
-
-
-def _describe(name: str, tensor: FloatArray, data: bytes) -> weight_pb2.TensorSlice:
-    return weight_pb2.TensorSlice(
-        name=name,
-        dtype="F32",
-        shape=tensor.shape,
-        num_elements=tensor.size,
-        encoding=weight_pb2.TENSOR_ENCODING_DENSE,
-        num_bytes=len(data),
-        digest=hashlib.sha256(data).digest(),
-    )
 
 
 def _messages(
@@ -170,15 +181,3 @@ def _messages(
     yield weight_pb2.PublishWeightsRequest(header=header)
     for start in range(0, len(payload), CHUNK_BYTES):
         yield weight_pb2.PublishWeightsRequest(chunk=payload[start : start + CHUNK_BYTES])
-
-
-def _check(manifest: weight_pb2.WeightManifest, payload: memoryview) -> None:
-    """Raise WeightError unless the payload is its slices, all of them, and nothing else."""
-    offset = 0
-    for part in manifest.slices:
-        data = payload[offset : offset + part.num_bytes]
-        if hashlib.sha256(data).digest() != part.digest:
-            raise WeightError(f"{part.name} from element {part.start}: wrong SHA-256")
-        offset += part.num_bytes
-    if offset != len(payload):
-        raise WeightError(f"{len(payload)} bytes came, the slices have {offset}")
