@@ -1,4 +1,4 @@
-"""Command `understudy learner`: the intake and the trainer ranks."""
+"""Command `understudy learner`: the intake, the weight store and the trainer ranks."""
 
 import argparse
 import logging
@@ -11,27 +11,31 @@ from understudy.arguments import config_parser, load_from
 from understudy.config import Config
 
 INTAKE_MODULE = "learner.intake"
+WEIGHTS_MODULE = "learner.weights"
 TRAINER_MODULE = "learner.trainer.main"
 _log = logging.getLogger(__name__)
 
 
 def run_learner(argv: Sequence[str]) -> int:
-    """Serve the intake, train with torchrun, or both."""
+    """Serve the intake, serve the weights, train with torchrun, or all of it."""
     parser = config_parser("learner", "Start the learner: its intake and its trainer ranks.")
     parser.add_argument(
         "--part",
-        choices=("all", "intake", "trainer"),
+        choices=("all", "intake", "weights", "trainer"),
         default="all",
-        help="trainer nodes after the first run only `trainer`",
+        help="trainer nodes after the first run only `trainer`; `weights` is the weight store, "
+        "where network.weights gives it a process of its own",
     )
     parser.add_argument("--stage", choices=("rl", "supervised"), default="rl")
     parser.add_argument("--out", type=Path, help="model folder that the supervised stage writes")
     arguments = parser.parse_args(argv)
     config = load_from(arguments)
     if arguments.part == "all" and arguments.stage == "rl":
-        return _run_both(arguments, config)
+        return _run_all(arguments, config)
     if arguments.part == "intake":
         command = intake_command(arguments)
+    elif arguments.part == "weights":
+        command = weights_command(arguments)
     else:
         prepare_torchrun()
         command = trainer_command(arguments, config)
@@ -41,6 +45,11 @@ def run_learner(argv: Sequence[str]) -> int:
 def intake_command(arguments: argparse.Namespace) -> list[str]:
     """Command line of the intake."""
     return [sys.executable, "-m", INTAKE_MODULE, *_passed_on(arguments)]
+
+
+def weights_command(arguments: argparse.Namespace) -> list[str]:
+    """Command line of the weight store, where it is a process of its own."""
+    return [sys.executable, "-m", WEIGHTS_MODULE, *_passed_on(arguments)]
 
 
 def prepare_torchrun() -> None:
@@ -76,7 +85,7 @@ def _passed_on(arguments: argparse.Namespace) -> list[str]:
     return ["--config", str(arguments.config), *overrides, *insecure]
 
 
-def _run_both(arguments: argparse.Namespace, config: Config) -> int:
+def _run_all(arguments: argparse.Namespace, config: Config) -> int:
     from understudy.process import prepare_process
     from understudy.supervisor import Supervisor, interrupted_code
 
@@ -85,14 +94,16 @@ def _run_both(arguments: argparse.Namespace, config: Config) -> int:
     try:
         with Supervisor(config.run.path / "logs") as supervisor:
             supervisor.start("intake", intake_command(arguments))
-            supervisor.wait_serving(
-                "intake",
-                config.learner.listen,
-                config.network,
-                config.network.connect_timeout_seconds,
-            )
+            patience = config.network.connect_timeout_seconds
+            supervisor.wait_serving("intake", config.learner.listen, config.network, patience)
+            if config.network.weights:
+                supervisor.start("weights", weights_command(arguments))
+                supervisor.wait_serving("weights", config.network.weights, config.network, patience)
             supervisor.start("trainer", trainer_command(arguments, config))
             supervisor.wait("trainer")
+            if config.learner.evaluation.every_steps:
+                listen, network = config.learner.listen, config.network
+                supervisor.wait_figure("intake", listen, network, "evaluating")
     except KeyboardInterrupt as interrupt:
         _log.warning("interrupted; what was done is in %s", config.run.path)
         return interrupted_code(interrupt)

@@ -12,7 +12,13 @@ import numpy as np
 
 from learner.intake.server import IntakeServer
 from understudy.config import Config, ModelConfig, NetworkConfig, RunConfig
-from understudy.config.learner import LearnerConfig, LogConfig, TasksConfig, TrainConfig
+from understudy.config.learner import (
+    EvaluationConfig,
+    LearnerConfig,
+    LogConfig,
+    TasksConfig,
+    TrainConfig,
+)
 from understudy.rpc import open_channel
 from understudy.trajectory import Segment, Trajectory, Turn, VersionSpan, encode_trajectory
 from understudy.v1 import (
@@ -26,6 +32,9 @@ from understudy.v1 import (
     weight_pb2,
     weight_pb2_grpc,
 )
+from understudy.weights.encoding import Delta, encode
+from understudy.weights.layout import ByteArray
+from understudy.weights.manifest import describe_slice, seal
 
 COMPLETED = trajectory_pb2.OUTCOME_COMPLETED
 DENSE = weight_pb2.TENSOR_ENCODING_DENSE
@@ -38,6 +47,7 @@ def make_config(
     max_seconds: float | None = None,
     seed: int = 0,
     log: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
     **tasks: Any,
 ) -> Config:
     """A run of two groups of two a batch, unless told otherwise."""
@@ -56,6 +66,7 @@ def make_config(
             metrics_listen="127.0.0.1:0",
             log=LogConfig(**(log or {})),
             tasks=TasksConfig(**shape),
+            evaluation=EvaluationConfig(**(evaluation or {})),
             train=TrainConfig(steps=steps, max_seconds=max_seconds),
         ),
     )
@@ -78,7 +89,8 @@ def trajectory(
         for version, start, end in zip(versions, edges, edges[1:], strict=False)
     )
     segment = Segment(
-        token_ids=np.arange(num_tokens, dtype=np.int32),
+        # Hard to compress, so that a record is about as large as it says.
+        token_ids=np.random.default_rng(0).integers(5_000, size=num_tokens, dtype=np.int32),
         loss_mask=mask,
         logprobs=np.full(num_sampled, -0.5, np.float32),
         version_spans=spans,
@@ -171,8 +183,9 @@ class Pusher:
 class Rig:
     """A serving intake and stubs of its services."""
 
-    def __init__(self, server: IntakeServer, channel: grpc.aio.Channel) -> None:
+    def __init__(self, server: IntakeServer, channel: grpc.aio.Channel, address: str = "") -> None:
         self.server = server
+        self.address = address
         self.intake = server.intake
         self.epoch = 0
         """Of the trainer that this rig plays."""
@@ -180,6 +193,7 @@ class Rig:
         self.trajectories = trajectory_pb2_grpc.TrajectoryServiceStub(channel)
         self.batches = batch_pb2_grpc.BatchServiceStub(channel)
         self.weights = weight_pb2_grpc.WeightServiceStub(channel)
+        self.versions = weight_pb2_grpc.VersionServiceStub(channel)
 
     async def lease(
         self, number: int = 1024, actor_id: str = "a", timeout: float = 2.0
@@ -244,16 +258,27 @@ class Rig:
     async def publish_part(
         self, header: weight_pb2.PartHeader, payload: bytes, timeout: float = 5.0
     ) -> int:
-        call = self.weights.PublishWeights(timeout=timeout)
-        try:
-            await call.write(weight_pb2.PublishWeightsRequest(header=header))
-            for start in range(0, len(payload), 2**20):
-                chunk = payload[start : start + 2**20]
-                await call.write(weight_pb2.PublishWeightsRequest(chunk=chunk))
-            await call.done_writing()
-        except asyncio.InvalidStateError:  # the call has ended: awaiting it says how
-            pass
-        return (await call).version
+        return await publish_part(self.weights, header, payload, timeout)
+
+
+async def publish_part(
+    stub: weight_pb2_grpc.WeightServiceStub,
+    header: weight_pb2.PartHeader,
+    payload: bytes,
+    timeout: float = 5.0,
+) -> int:
+    """Send one part, whatever it says under a right checksum; returns the version."""
+    seal(header)
+    call = stub.PublishWeights(timeout=timeout)
+    try:
+        await call.write(weight_pb2.PublishWeightsRequest(header=header))
+        for start in range(0, len(payload), 2**20):
+            chunk = payload[start : start + 2**20]
+            await call.write(weight_pb2.PublishWeightsRequest(chunk=chunk))
+        await call.done_writing()
+    except asyncio.InvalidStateError:  # the call has ended: awaiting it says how
+        pass
+    return (await call).version
 
 
 def make_part(
@@ -264,48 +289,51 @@ def make_part(
     num_parts: int = 1,
     epoch: int = 1,
     rows: slice | None = None,
+    base: dict[str, np.ndarray] | None = None,
+    base_version: int = 0,
 ) -> tuple[weight_pb2.PartHeader, bytes]:
-    """One part: all of float32 tensors, or some of their rows."""
+    """One part: all of float32 tensors, or some of their rows; as a delta if there is a base."""
     slices, payload = [], b""
     for name, tensor in tensors.items():
         first, end, _ = (rows or slice(None)).indices(len(tensor))
         width = tensor[0].size
-        data = tensor[first:end].astype("<f4").tobytes()
-        payload += data
-        slices.append(
-            weight_pb2.TensorSlice(
-                name=name,
-                dtype="F32",
-                shape=tensor.shape,
-                start=first * width,
-                num_elements=(end - first) * width,
-                encoding=DENSE,
-                num_bytes=len(data),
-                digest=hashlib.sha256(data).digest(),
-            )
-        )
+        values = _bytes_of(tensor[first:end])
+        delta = Delta(encoding=DENSE, values=values)
+        if base is not None:
+            delta = encode("F32", _bytes_of(base[name][first:end]), values)
+        payload += b"".join(delta.payload)
+        slices.append(describe_slice(name, "F32", tensor.shape, first * width, values, delta))
     header = weight_pb2.PartHeader(
         run_id="run",
         epoch=epoch,
         step=step,
         part_index=part,
         num_parts=num_parts,
+        base_version=base_version,
         slices=slices,
     )
+    seal(header)
     return header, payload
 
 
+def _bytes_of(tensor: np.ndarray) -> ByteArray:
+    return np.frombuffer(tensor.astype("<f4").tobytes(), np.uint8)
+
+
 @contextlib.asynccontextmanager
-async def running(config: Config, version: bool = True) -> AsyncIterator[Rig]:
-    """Serve an intake, with a trainer started at the last completed step and, unless told
-    otherwise, a version published."""
+async def running(config: Config, version: bool = True, trainer: bool = True) -> AsyncIterator[Rig]:
+    """Serve an intake, with a trainer started at the last completed step and a version published,
+    unless told otherwise: without a new trainer, the last one goes on."""
     server = await IntakeServer.open(config)
     port = await server.start()
-    channel = open_channel(f"127.0.0.1:{port}", NetworkConfig())
+    address = f"127.0.0.1:{port}"
+    channel = open_channel(address, NetworkConfig())
     try:
-        rig = Rig(server, channel)
+        rig = Rig(server, channel, address)
         step = server.intake.state.num_completed
-        await rig.train(step)
+        rig.epoch = server.intake.state.trainer_epoch
+        if trainer:
+            await rig.train(step)
         if version:
             await rig.publish(step)
         yield rig

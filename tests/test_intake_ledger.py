@@ -12,7 +12,7 @@ from learner.intake.refusals import RefusedError
 from learner.intake.state import RunState
 from learner.intake.tasks import State, TaskKey
 from learner.log.segments import Location
-from understudy.config import TasksConfig
+from understudy.config import EvaluationConfig, TasksConfig
 from understudy.v1 import common_pb2, log_pb2, trajectory_pb2
 
 STEPS = 6
@@ -69,9 +69,20 @@ def facts(state: RunState) -> object:
         step: [(item.key, item.location, item.staleness) for item in batch.items]
         for step, batch in state.batches.items()
     }
+    evaluations = [
+        (
+            e.number,
+            e.version,
+            e.step,
+            [(s.key, s.state, s.num_failures, s.lease_id) for s in e.samples],
+        )
+        for e in state.evaluations.values()
+    ]
     return (
         state.balance(),
         groups,
+        (evaluations, state.num_evaluations, state.evaluated_steps),
+        [sample.key for sample in state.heldout],
         batches,
         [sample.key for sample in state.waiting],
         [(lease.lease_id, lease.actor_id) for lease in state.leases.expired(1e9)],
@@ -125,13 +136,19 @@ class Walk:
     def __init__(self, seed: int, max_staleness: int) -> None:
         self.random = random.Random(seed)
         self.log = Entries()
-        self.tasks = make_tasks(max_staleness=max_staleness, max_attempts=2)
+        self.tasks = make_tasks(
+            max_staleness=max_staleness, max_attempts=2, max_resample=self.random.choice((1, 3))
+        )
         self.clock = Clock()
-        self.ledger = Ledger(self.log, RunState(self.tasks, STEPS, self.clock))
+        self.ledger = self.make(RunState(self.tasks, STEPS, self.clock))
         self.ledger.start_training(0, b"")
         self.leases: list[Lease] = []
         self.checkpoints = [0]
         publish(self.ledger, 0)
+
+    def make(self, state: RunState) -> Ledger:
+        evaluation = EvaluationConfig(every_steps=2, num_tasks=3)
+        return Ledger(self.log, state, evaluation, keeps_uniform=self.tasks.max_resample == 1)
 
     @property
     def state(self) -> RunState:
@@ -180,7 +197,7 @@ class Walk:
         state = replayed(self.log, self.tasks)
         self.clock = Clock()
         state._clock = self.clock
-        self.ledger = Ledger(self.log, state)
+        self.ledger = self.make(state)
 
     def step(self) -> None:
         moves = (self.lease, self.deliver, self.deliver, self.deliver, self.close)
@@ -287,18 +304,18 @@ def test_a_run_ends_with_every_key_trained_or_dropped() -> None:
 def test_admission_follows_its_formula() -> None:
     tasks = TasksConfig(groups_per_batch=4, max_staleness=2)
     admission = Admission(tasks=tasks, steps=100)
-    assert admission.group_limit == 0
+    assert admission.batch_limit == 0
     admission = admission.advanced(1, 0)
-    assert admission.group_limit == 12
+    assert admission.batch_limit == 3
     assert [admission.min_version(batch) for batch in range(3)] == [1, 1, 1]
     admission = admission.advanced(8, 7)
-    assert admission.group_limit == 40
+    assert admission.batch_limit == 10
     assert [admission.min_version(batch) for batch in (7, 8, 9)] == [6, 7, 8]
     assert admission.staleness(9, 7) == 2
     assert admission.admits(9)
     assert not admission.admits(10)
     assert replace(admission, version=9, step=0, first_version=9).min_version(1) == 9
-    assert admission.advanced(100, 99).group_limit == 400
+    assert admission.advanced(100, 99).batch_limit == 100
 
 
 def test_no_staleness_means_one_batch_at_a_time() -> None:
@@ -316,6 +333,20 @@ def test_no_staleness_means_one_batch_at_a_time() -> None:
 
 def test_nothing_is_leased_before_the_first_version() -> None:
     assert make_ledger().lease("a", 10) == []
+
+
+def test_nothing_is_leased_from_a_trainer_s_start_to_its_first_version() -> None:
+    """It may have fewer steps behind it than what is leased would need."""
+    ledger = make_ledger(max_staleness=0, group_size=2)
+    publish(ledger, 0)
+    (lease, *_) = ledger.lease("a", 1)
+    ledger.start_training(0, b"")
+    ledger.expire(now=15.0)
+    assert ledger.lease("a", 10) == []
+    publish(ledger, 0)
+    again = ledger.lease("a", 10)
+    assert again[0].sample is lease.sample
+    assert {ledger.min_version(lease) for lease in again} == {2}
 
 
 def test_an_expired_lease_goes_to_somebody_else_and_the_first_result_counts() -> None:
@@ -398,11 +429,16 @@ def test_a_trajectory_that_is_too_old_is_dropped_on_arrival_and_its_group_replac
     assert len(ledger.lease("a", 100)) == 2
 
 
+@pytest.mark.parametrize("max_resample", [1, 2, 4])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
-def test_no_trained_token_is_too_old_in_an_asynchronous_run(max_staleness: int) -> None:
+def test_no_trained_token_is_too_old_in_an_asynchronous_run(
+    max_staleness: int, max_resample: int
+) -> None:
     """Actors of very different speed, replicas that lag, a trainer that prefetches its batch."""
     rng = random.Random(max_staleness)
-    ledger = make_ledger(max_staleness=max_staleness, lease_seconds=1000.0)
+    ledger = make_ledger(
+        max_staleness=max_staleness, max_resample=max_resample, lease_seconds=1000.0
+    )
     publish(ledger, 0)
     running: list[tuple[float, int, Lease]] = []  # end, version it was begun with
     closed: list[list[int]] = []

@@ -7,6 +7,8 @@ keeps the weights, so that a training step or a restart of the trainer never sto
                  ^          |         ^                       ^
                  +- expired-+   PushTrajectories         CompleteStep -> metrics.jsonl
                                                               |
+    held-out tasks:   waiting -> leased -> evaluated --> metrics.jsonl
+                                                              |
     PublishWeights (trainer ranks) --> weight store --> WatchVersions, FetchWeights (replicas)
                                             |
                                             +--> version and step: admission of further tasks

@@ -10,12 +10,16 @@ from a checkpoint, which publishes steps anew under new versions, with the weigh
     staleness in b      =  b - fewest steps behind any version that sampled a token
     a version may play for b if it has at least  b - max_staleness  steps behind it
 
-Groups fill batches in the order of their issue, so that the groups that may be open or assigned are
+Groups fill batches in the order of their issue; `Lineup` tells which batch the next one belongs to.
+It may be issued if that batch is below
 
-    group limit         =  (step + 1 + max_staleness) * groups_per_batch
+    batch limit         =  min(step + 1 + max_staleness, steps)
 
 Example: max_staleness 0 plays exactly one batch, then waits for the weights that come of it;
-max_staleness 1 plays the next batch while one is trained.
+max_staleness 1 plays the next batch while one is trained. With max_resample r, the groups that may
+be open or assigned are between batch limit * groups_per_batch and r times that: for each group that
+turns out uniform, another one is issued, until the batch has r * groups_per_batch. Evaluations are
+not admitted: they train nothing, and their tasks belong to no batch.
 """
 
 from dataclasses import dataclass, replace
@@ -43,12 +47,11 @@ class Admission:
         return replace(self, version=version, step=step)
 
     @property
-    def group_limit(self) -> int:
-        """Most groups ever issued, without those that were dropped."""
-        if not self.version:
+    def batch_limit(self) -> int:
+        """Batches that groups may be issued for: those below this."""
+        if not self._is_open:
             return 0
-        batches = min(self.step + 1 + self.tasks.max_staleness, self.steps)
-        return batches * self.tasks.groups_per_batch
+        return min(self.step + 1 + self.tasks.max_staleness, self.steps)
 
     def version_at(self, batch: int) -> int:
         """Version that is newest when a batch is trained."""
@@ -56,7 +59,13 @@ class Admission:
 
     def admits(self, batch: int) -> bool:
         """Whether the newest version may play for a batch."""
-        return self.version > 0 and self.step >= batch - self.tasks.max_staleness
+        return self._is_open and self.step >= batch - self.tasks.max_staleness
+
+    @property
+    def _is_open(self) -> bool:
+        """The present trainer has published. Until then it is not known how many steps its first
+        version has behind it, and that may be too few for what would be played by it."""
+        return self.version >= max(self.first_version, 1)
 
     def min_version(self, batch: int) -> int:
         """Lowest version that may play for a batch that is admitted."""

@@ -1,8 +1,10 @@
 """BatchService: decodes, calls, encodes."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
+from learner.intake.attendance import Attendance
 from learner.intake.batches import Batch, BatchItem
 from learner.intake.refusals import RefusedError, mapped
 from learner.intake.state import RunState
@@ -39,8 +41,10 @@ class BatchSource(Protocol):
 class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
     """Feeds the trainer ranks."""
 
-    def __init__(self, source: BatchSource) -> None:
+    def __init__(self, source: BatchSource, draining: asyncio.Event) -> None:
+        """Take the source, and what is set when this process ends."""
         self.source = source
+        self._attendance = Attendance(source.state, draining)
 
     async def StartTraining(
         self, request: batch_pb2.StartTrainingRequest, context: object
@@ -59,9 +63,7 @@ class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
             batch, share = await self.source.next_batch(
                 request.step, request.rank, request.world_size, request.epoch
             )
-        yield Response(
-            header=_encode_header(batch, self.source.state.ledger_digests[batch.step + 1])
-        )
+        yield Response(header=_encode_header(batch, self.source.state))
         for start in range(0, len(share), READ_RECORDS):
             items = share[start : start + READ_RECORDS]
             with mapped():
@@ -91,8 +93,15 @@ class BatchServicer(batch_pb2_grpc.BatchServiceServicer):
             )
         return batch_pb2.RecordCheckpointResponse()
 
+    async def Attend(
+        self, requests: AsyncIterator[batch_pb2.AttendRequest], context: object
+    ) -> batch_pb2.AttendResponse:
+        with mapped():
+            await self._attendance.follow(requests)
+        return batch_pb2.AttendResponse()
 
-def _encode_header(batch: Batch, ledger_digest: bytes) -> batch_pb2.BatchHeader:
+
+def _encode_header(batch: Batch, state: RunState) -> batch_pb2.BatchHeader:
     items = batch.items
     return batch_pb2.BatchHeader(
         step=batch.step,
@@ -108,5 +117,6 @@ def _encode_header(batch: Batch, ledger_digest: bytes) -> batch_pb2.BatchHeader:
         num_sampled_tokens=sum(item.summary.num_sampled_tokens for item in items),
         head_version=batch.head_version,
         last=batch.last,
-        ledger_digest=ledger_digest,
+        ledger_digest=state.ledger_digests[batch.step + 1],
+        steps_behind=state.versions_of(batch),
     )

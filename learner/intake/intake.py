@@ -3,7 +3,7 @@
 | loop or call   | consumes            | waits for                | woken by                       |
 |----------------|---------------------|--------------------------|--------------------------------|
 | lease          | waiting task keys   | one to be leasable       | version, failure, expiry, drop |
-| next_batch     | complete groups     | groups_per_batch of them | the record that completes one  |
+| next_batch     | complete groups     | as many as a batch takes | the record that completes one  |
 | deliver, fail  | results of episodes | nothing                  |                                |
 | keep_time      | expired leases      | the clock                |                                |
 
@@ -13,7 +13,6 @@ results, whose acks wait for it.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -22,8 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from learner.intake.batches import Batch, BatchItem, choose_samples, split, statistics
+from learner.intake.evaluations import figures_of
 from learner.intake.journal import Journal
-from learner.intake.leases import Lease
+from learner.intake.leases import Offer
 from learner.intake.ledger import Ledger, Result
 from learner.intake.refusals import RefusedError, draining
 from learner.intake.state import RunState
@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 """How often leases are checked for expiry and gauges are set."""
+FIRST_WORD_SECONDS = 300.0
+"""How long the first actor may take to say anything: it waits until an engine has started."""
 SAMPLES_PER_STEP = 2
 """Episodes of each batch that go to samples.jsonl."""
 _SAY_SECONDS = 30.0
@@ -66,7 +68,12 @@ class Intake:
     ) -> None:
         self.config = config
         self.log = log
-        self.ledger = Ledger(log, state)
+        self.ledger = Ledger(
+            log,
+            state,
+            config.learner.evaluation,
+            keeps_uniform=config.learner.keeps_uniform_groups,
+        )
         self.state = state
         self.on_room: Callable[[], None] = lambda: None
         """Called now and then while the log has room."""
@@ -77,9 +84,13 @@ class Intake:
         self._world_sizes: dict[int, int] = {}
         self._dropped: Mapping[str, int] = self.balance().dropped
         self._num_askers = 0
+        self._num_idle_actors = 0
+        """Calls that wait for a lease."""
+        self._heard = time.monotonic() + FIRST_WORD_SECONDS
+        """When an actor last said anything; at the start, when one is to have said something."""
         self._first_asked = math.inf
         self._waited_seconds = 0.0
-        self._has_weights = False
+        self._has_weights = True
         self._trimming: asyncio.Task[None] | None = None
         self._num_trimmed = 0
         self._gauges = {name: metrics.TASK_KEYS.labels(name) for name in self.balance().figures()}
@@ -98,19 +109,29 @@ class Intake:
 
     # Tasks.
 
-    async def lease(self, actor_id: str, max_leases: int, timeout: float) -> list[Lease]:
+    async def lease(self, actor_id: str, max_leases: int, timeout: float) -> list[Offer]:
         """Lease samples, waiting until there is one; none after `timeout` seconds, or if the run
         is exhausted."""
         async with self._changed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await self._changed.wait_for(self._may_answer_lease)
+            await self._wait_for_lease(timeout)
             self._raise_if_closed()
             if self._paused():
                 return []
             leases = self.ledger.lease(actor_id, max_leases)
+            offers = [self.ledger.offer(lease) for lease in leases]
         await self.log.flush()
-        return leases
+        return offers
+
+    async def _wait_for_lease(self, timeout: float) -> None:
+        self._num_idle_actors += 1
+        try:
+            async with asyncio.timeout(timeout):
+                await self._changed.wait_for(self._may_answer_lease)
+        except TimeoutError:
+            pass
+        finally:
+            self._num_idle_actors -= 1
+            self._heard = time.monotonic()
 
     def _may_answer_lease(self) -> bool:
         leasable = self.ledger.can_lease and not self._paused()
@@ -118,16 +139,19 @@ class Intake:
 
     def renew(self, actor_id: str, lease_ids: Sequence[int]) -> list[int]:
         """Extend leases; returns those that are gone."""
-        return self.state.leases.renew(actor_id, lease_ids, time.monotonic())
+        self._heard = time.monotonic()
+        return self.state.leases.renew(actor_id, lease_ids, self._heard)
 
     # Results.
 
     async def deliver(self, result: Result) -> bool:
         """Take a trajectory; False for a duplicate. It is durable after the log's next flush."""
         async with self._changed:
+            self._heard = time.monotonic()
             taken = self.ledger.deliver(result)
             # Waking all who wait costs more than a record: only if there is something for them.
-            if self.ledger.can_lease or self._batch_is_ready(result.key):
+            ended = self._report_evaluations()
+            if ended or self.ledger.can_lease or self._batch_is_ready(result.key):
                 self._changed.notify_all()
         return taken
 
@@ -146,9 +170,21 @@ class Intake:
     ) -> None:
         """A record brought no trajectory, for example because its environment failed."""
         async with self._changed:
+            self._heard = time.monotonic()
             self.ledger.answer(origin, key, answer, reason)
             self.ledger.fail(key, lease_id, reason.lower())
+            self._report_evaluations()
             self._changed.notify_all()
+
+    def _report_evaluations(self) -> bool:
+        """Write the line of each evaluation that has ended; returns whether there was one."""
+        ended = self.ledger.take_ended()
+        for evaluation in ended:
+            figures = figures_of(evaluation, time.time_ns() // 1000)
+            self._journal.evaluation(evaluation.step, figures)
+            if figures["heldout_accuracy"] is not None:
+                metrics.HELDOUT_ACCURACY.set(figures["heldout_accuracy"])
+        return bool(ended)
 
     # Trainers.
 
@@ -161,15 +197,27 @@ class Intake:
         async with self._changed:
             self._raise_if_closed()
             epoch = self.ledger.start_training(step, ledger_digest)
+            self._report_evaluations()
             self._world_sizes.clear()
             self._changed.notify_all()
         await self.log.flush()
         _log.info("trainer of epoch %d starts with %d steps behind it", epoch, step)
         return epoch
 
-    async def advance(self, step: int, epoch: int) -> int:
-        """Issue a version that has so many steps behind it. Raises RefusedError: OLD_EPOCH."""
+    async def set_weights(self, held: bool) -> None:
+        """The weight store says whether it holds any version. Until it does, it may."""
         async with self._changed:
+            self._has_weights = held
+            self._changed.notify_all()
+
+    async def advance(self, step: int, epoch: int) -> int:
+        """Issue a version that has so many steps behind it.
+
+        Raises:
+            RefusedError: OLD_EPOCH, DRAINING.
+        """
+        async with self._changed:
+            self._raise_if_closed()
             version = self.ledger.publish(step, epoch)
             self._has_weights = True
             self._changed.notify_all()
@@ -228,7 +276,7 @@ class Intake:
                 )
             batch = self.state.batches[step]
             # It was the last when it was closed; the run may have been taken up since.
-            newest = step + 1 == self.state.num_closed and self.ledger.exhausted
+            newest = step + 1 == self.state.num_closed and self.ledger.last_is_closed
             batch = replace(batch, last=batch.last and newest)
         await self.log.flush()
         return batch, split(batch.items, world_size)[rank]
@@ -261,11 +309,11 @@ class Intake:
         if not self._has_weights:
             raise RefusedError("WEIGHTS_LOST", "the weight store is empty; publish, then ask again")
         next_step = self.state.num_closed
-        if step in self.state.batches or (step == next_step and not self.ledger.exhausted):
+        if step in self.state.batches or (step == next_step and not self.ledger.last_is_closed):
             return
         remedy = (
             f"the run has {self.state.admission.steps} steps"
-            if self.ledger.exhausted
+            if self.ledger.last_is_closed
             else f"step {next_step} is next"
         )
         raise RefusedError("STEP_OUT_OF_ORDER", f"step {step} cannot be asked for; {remedy}")
@@ -332,12 +380,21 @@ class Intake:
                 if num_expired:
                     metrics.LEASES_EXPIRED.inc(num_expired)
                     _log.warning("%d leases expired; their tasks are leased again", num_expired)
-                if self.ledger.can_lease:  # given back just now, or held up by a pause
+                if self._nobody_plays() and self.ledger.abandon_evaluations():
+                    _log.warning("no actor is left; the rest of the last evaluation is dropped")
+                # Given back just now, or held up by a pause; or there is an end to be told.
+                if self._report_evaluations() or self.ledger.can_lease:
                     self._changed.notify_all()
             if not self.log.throttled:
                 self.on_room()
             self._set_gauges()
             self._say_waiting()
+
+    def _nobody_plays(self) -> bool:
+        """Whether no actor has said anything for so long that its leases have expired, and for as
+        long again."""
+        silent = time.monotonic() - self._heard > 2 * self.config.learner.tasks.lease_seconds
+        return silent and not self._num_idle_actors and not self._paused()
 
     def _set_gauges(self) -> None:
         balance = self.balance()

@@ -1,7 +1,8 @@
 """The run's journal: the sole writer of `metrics.jsonl` and `samples.jsonl`.
 
-Each line of metrics.jsonl is an object with `kind` ("step", "version" or "replica") and `time`
-(Unix seconds); the other fields are the figures of that kind. A value that is not finite is null.
+Each line of metrics.jsonl is an object with `kind` ("step", "version", "replica" or "evaluation")
+and `time` (Unix seconds); the other fields are the figures of that kind. A value that is not finite
+is null.
 """
 
 import json
@@ -50,6 +51,10 @@ class Journal:
         line = {"kind": "replica", "time": _now(), "replica_id": replica_id, **figures}
         _write(self._metrics, line)
 
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """An evaluation of a version that has so many steps behind it has ended."""
+        _write(self._metrics, {"kind": "evaluation", "time": _now(), "step": step, **figures})
+
     def samples(self, step: int, version: int, trajectories: Sequence[Trajectory]) -> None:
         """Some episodes of a step's batch."""
         for trajectory in trajectories:
@@ -62,6 +67,8 @@ class Journal:
                 "num_turns": len(trajectory.turns),
                 "segments": [_segment(segment) for segment in trajectory.segments],
             }
+            if any(segment.part for segment in trajectory.segments):
+                line["turns"] = [[turn.segment, turn.start, turn.end] for turn in trajectory.turns]
             _write(self._samples, line)
 
     def close(self) -> None:
@@ -85,11 +92,15 @@ def _now() -> float:
     return round(time.time(), 3)
 
 
-def _segment(segment: Segment) -> dict[str, list[int]]:
-    return {
+def _segment(segment: Segment) -> dict[str, Any]:
+    line: dict[str, Any] = {
         "token_ids": segment.token_ids.tolist(),
         "loss_mask": segment.loss_mask.astype(int).tolist(),
     }
+    if segment.part:
+        line |= {"part": segment.part, "frozen": segment.frozen}
+        line["caller"] = segment.caller and [segment.caller.turn, segment.caller.tool_call]
+    return line
 
 
 def _write(file: IO[str], line: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Leases: who plays what, and until when."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from learner.intake.tasks import Sample
+from learner.intake.tasks import Sample, Task, TaskKey
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,6 +17,25 @@ class Lease:
     actor_id: str
     expires: float
     """On the clock of whoever passes `now`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A lease with all that an actor has to know of it, as things were when it was leased."""
+
+    lease: Lease
+    task: Task
+    temperature: float
+    min_version: int
+    """Lowest version that may play it."""
+
+
+def lease_seed(run_seed: int, key: TaskKey) -> int:
+    """Seed of an episode in a deterministic run, from 0 to below 2^63: the same however often the
+    sample is leased, and unlike that of any other sample."""
+    text = f"{run_seed}/{key.ordinal}/{key.sample_index}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Leases:

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from learner.intake.batches import Batch, assignment
-from learner.intake.leases import Lease
+from learner.intake.batches import Batch, assignment, is_uniform
+from learner.intake.evaluations import ABANDONED, Evaluation
+from learner.intake.leases import Lease, Offer
+from learner.intake.lineup import Lineup
 from learner.intake.refusals import RefusedError
 from learner.intake.state import RunState
-from learner.intake.tasks import Group, Sample, State, TaskKey
+from learner.intake.tasks import Group, Sample, State, Task, TaskKey
 from learner.log.segments import Location
 from understudy import metrics
-from understudy.config import TasksConfig
+from understudy.config import EvaluationConfig, TasksConfig
 from understudy.v1 import common_pb2, log_pb2, trajectory_pb2
 
 IDS_PER_EPOCH = 2**32
@@ -48,12 +50,28 @@ class Ledger:
     Args:
         log: takes every event.
         state: what the log adds up to so far.
+        evaluation: what is evaluated, and when.
+        keeps_uniform: whether groups whose rewards are all equal are trained.
     """
 
-    def __init__(self, log: Appender, state: RunState) -> None:
+    def __init__(
+        self,
+        log: Appender,
+        state: RunState,
+        evaluation: EvaluationConfig | None = None,
+        *,
+        keeps_uniform: bool = False,
+    ) -> None:
         self.state = state
         self.tasks: TasksConfig = state.tasks
+        self._evaluation = evaluation or EvaluationConfig()
+        self._keeps_uniform = keeps_uniform
         self._log = log
+        self._ended: list[Evaluation] = []
+        self._lineup = Lineup(state.tasks)
+        for group in state.open.values():
+            self._judge(group)
+        self._lineup.rebuild(state.open.values())
         self._write(intake_started=log_pb2.IntakeStarted(epoch=state.epoch + 1))
         self._lease_ids = itertools.count(state.epoch * IDS_PER_EPOCH + 1)
 
@@ -90,6 +108,10 @@ class Ledger:
             )
         epoch = state.trainer_epoch + 1
         self._write(trainer_started=log_pb2.TrainerStarted(epoch=epoch, step=step))
+        # What is left of an evaluation of a later step would be played by an earlier one's weights.
+        for evaluation in list(state.evaluations.values()):
+            if evaluation.step > step:
+                self._abandon(evaluation)
         return epoch
 
     def require_trainer(self, epoch: int) -> None:
@@ -111,14 +133,27 @@ class Ledger:
             version_published=log_pb2.VersionPublished(version=version, step=step, epoch=epoch)
         )
         self._drop_stale()
+        if self._is_due(step):
+            self._issue_evaluation(version, step)
         return version
 
     # Leases.
 
     @property
-    def exhausted(self) -> bool:
-        """The run's last batch is closed: nothing will be leased any more."""
+    def last_is_closed(self) -> bool:
+        """The run's last batch is closed: nothing will be leased to be trained on any more."""
         return self.state.ended or self.state.num_closed >= self.state.admission.steps
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing will be leased any more: the last batch is closed, and its version evaluated."""
+        evaluated = not self.state.evaluations and self._last_is_published
+        return self.last_is_closed and (evaluated or not self._evaluation.every_steps)
+
+    @property
+    def _last_is_published(self) -> bool:
+        """The newest version has every batch behind it."""
+        return self.state.admission.step >= self.state.num_closed
 
     def end_with(self, step: int) -> None:
         """Make this step's batch the run's last; episodes meant for later ones stay untrained."""
@@ -127,39 +162,44 @@ class Ledger:
     @property
     def can_lease(self) -> bool:
         """Whether there is a task to play."""
-        if self.exhausted:
-            return False
-        if self.state.waiting:
-            return self.state.admission.admits(self._batch_of(self.state.waiting[0]))
-        return self._may_issue
+        return bool(self.state.heldout) or self._can_lease_to_train
 
     @property
-    def _may_issue(self) -> bool:
-        closed = self.state.num_closed * self.tasks.groups_per_batch
-        return closed + len(self.state.open) < self.state.admission.group_limit
+    def _can_lease_to_train(self) -> bool:
+        if self.last_is_closed:
+            return False
+        admission = self.state.admission
+        if self.state.waiting:
+            return admission.admits(self._batch_of(self.state.waiting[0].key))
+        return self.state.num_closed + self._lineup.next_batch < admission.batch_limit
 
-    def _batch_of(self, sample: Sample) -> int:
-        return max(self.state.open[sample.key.ordinal].batch, self.state.num_closed)
+    def _batch_of(self, key: TaskKey) -> int:
+        """Batch that a task key's group is meant for."""
+        return self.state.num_closed + self._lineup.batch_of(key.ordinal)
 
     def lease(self, actor_id: str, max_leases: int) -> list[Lease]:
-        """Lease up to so many samples, those that were given back first."""
+        """Lease up to so many samples: those of evaluations, then those that were given back.
+
+        Evaluations come first, since their figures are of the policy as it was a moment ago.
+        """
         leases: list[Lease] = []
         while len(leases) < max_leases and self.can_lease:
-            if not self.state.waiting:
+            if not self.state.heldout and not self.state.waiting:
                 self._issue_group()
-            leases.append(self._lease(self.state.waiting[0], actor_id))
+            leases.append(self._lease((self.state.heldout or self.state.waiting)[0], actor_id))
         return leases
 
     def _issue_group(self) -> None:
-        per_batch = self.tasks.groups_per_batch
-        position = self.state.num_closed * per_batch + len(self.state.open)
+        ordinal = self.state.num_groups
         self._write(
             group_issued=log_pb2.GroupIssued(
-                ordinal=self.state.num_groups,
-                batch=position // per_batch,
+                ordinal=ordinal,
+                batch=self.state.num_closed + self._lineup.next_batch,
                 num_samples=self.tasks.group_size,
+                task_ordinal=self.state.curriculum.choose(ordinal),
             )
         )
+        self._lineup.add(ordinal)
 
     def _lease(self, sample: Sample, actor_id: str) -> Lease:
         lease_id = next(self._lease_ids)
@@ -170,13 +210,32 @@ class Ledger:
         )
         return self.state.leases.get(lease_id)
 
+    def offer(self, lease: Lease) -> Offer:
+        """What an actor has to know of a lease that was just given."""
+        key = lease.sample.key
+        evaluation = self.state.evaluations.get(key.evaluation)
+        return Offer(
+            lease=lease,
+            task=self.task(key),
+            temperature=evaluation.temperature if evaluation else self.tasks.temperature,
+            min_version=self.min_version(lease),
+        )
+
     def min_version(self, lease: Lease) -> int:
         """Lowest version that may play a lease."""
-        return self.state.admission.min_version(self._batch_of(lease.sample))
+        key = lease.sample.key
+        if key.evaluation:
+            return self.state.evaluations[key.evaluation].version
+        return self.state.admission.min_version(self._batch_of(key))
 
-    def task_ordinal(self, key: TaskKey) -> int:
-        """Ordinal in the split of a task key's task."""
-        return self.tasks.first_ordinal + key.ordinal % self.tasks.num_tasks
+    def task(self, key: TaskKey) -> Task:
+        """Task of a task key that still needs a trajectory."""
+        if key.evaluation:
+            return self.state.evaluations[key.evaluation].task(key)
+        ordinal = self.state.open[key.ordinal].task_ordinal
+        if ordinal is None:  # issued by an intake that took tasks in order only
+            ordinal = self.tasks.first_ordinal + key.ordinal % self.tasks.num_tasks
+        return Task(self.tasks.suite, self.tasks.split, ordinal)
 
     def expire(self, now: float) -> int:
         """Give back the samples of leases whose time is over; returns how many."""
@@ -189,8 +248,12 @@ class Ledger:
 
     def knows(self, key: TaskKey) -> bool:
         """Whether a task key was ever issued."""
+        # What is closed needs nothing; what is open has the size of its issue.
+        if number := key.evaluation:
+            evaluation = self.state.evaluations.get(number)
+            known = evaluation is None or evaluation.has(key)
+            return number <= self.state.num_evaluations and known
         group = self.state.open.get(key.ordinal)
-        # A group that is closed needs nothing; one that is open has the size of its issue.
         known = group is None or key.sample_index < len(group.samples)
         return key.ordinal < self.state.num_groups and known
 
@@ -211,7 +274,8 @@ class Ledger:
         if self.has_result(result.key):
             self.answer(result.origin, result.key, log_pb2.ANSWER_DUPLICATE)
             return False
-        if self._too_stale(result.summary):
+        evaluation = self.state.evaluations.get(result.key.evaluation)
+        if not evaluation and self._too_stale(result.summary):
             self.answer(result.origin, result.key, log_pb2.ANSWER_STALE)
             self._drop(result.key, "stale")
             self._settle(result.key.ordinal)
@@ -230,6 +294,10 @@ class Ledger:
             ),
         )
         metrics.TRAJECTORIES_STORED.inc()
+        if evaluation:
+            self._end_if_done(evaluation)
+        else:
+            self._review(result.key.ordinal)
         return True
 
     def answer(
@@ -262,6 +330,51 @@ class Ledger:
         self._drop(key, reason)
         self._settle(key.ordinal)
 
+    # Evaluations.
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the version that has so many steps behind it is to be evaluated."""
+        every = self._evaluation.every_steps
+        if not every or step in self.state.evaluated_steps:
+            return False
+        return step % every == 0 or (self.last_is_closed and self._last_is_published)
+
+    def _issue_evaluation(self, version: int, step: int) -> None:
+        config, temperature = self._evaluation, self._evaluation.temperature
+        event = log_pb2.EvaluationIssued(
+            number=self.state.num_evaluations + 1,
+            version=version,
+            step=step,
+            suite=self.tasks.suite,
+            split=config.split,
+            first_ordinal=config.first_ordinal,
+            num_tasks=config.num_tasks,
+            temperature=self.tasks.temperature if temperature is None else temperature,
+        )
+        self._write(evaluation_issued=event)
+
+    def abandon_evaluations(self) -> bool:
+        """Drop what is left of the evaluations of a run that has its last version, since there is
+        nobody to play it; returns whether anything was."""
+        if not (self.last_is_closed and self._last_is_published and self.state.evaluations):
+            return False
+        for evaluation in list(self.state.evaluations.values()):
+            self._abandon(evaluation)
+        return True
+
+    def _abandon(self, evaluation: Evaluation) -> None:
+        for sample in evaluation.pending:
+            self._drop(sample.key, ABANDONED)
+
+    def _end_if_done(self, evaluation: Evaluation) -> None:
+        if evaluation.number not in self.state.evaluations:
+            self._ended.append(evaluation)
+
+    def take_ended(self) -> list[Evaluation]:
+        """The evaluations that have ended since this was last asked, oldest first."""
+        ended, self._ended = self._ended, []
+        return ended
+
     # Batches.
 
     def is_complete(self, ordinal: int) -> bool:
@@ -275,18 +388,24 @@ class Ledger:
         that would train on short episodes and drop the long ones as stale, which are more often the
         thorough ones. Later groups are played meanwhile, within the limits of admission.
         """
-        number = self.tasks.groups_per_batch
-        groups = list(itertools.islice(self.state.open.values(), number))
-        return groups if len(groups) == number and all(g.complete for g in groups) else []
+        groups = list(itertools.islice(self.state.open.values(), self._lineup.num_first))
+        return groups if all(group.complete for group in groups) else []
 
     def assign(self, groups: Sequence[Group], shuffle_seed: int | None = None) -> Batch:
         """Close the next batch with these groups."""
         step = self.state.num_closed
-        event = assignment(step, groups, self.state.admission, shuffle_seed)
+        event = assignment(
+            step,
+            groups,
+            self.state.admission,
+            keeps_uniform=self._keeps_uniform,
+            shuffle_seed=shuffle_seed,
+        )
         self._write(batch_assigned=event)
+        self._lineup.rebuild(self.state.open.values())
         batch = self.state.batches[step]
-        num_uniform = sum(batch.groups[item.group_index].uniform for item in batch.episodes)
-        metrics.TRAJECTORIES_DROPPED.labels("uniform_group").inc(num_uniform)
+        num_dropped = len(batch.episodes) - len(batch.items)
+        metrics.TRAJECTORIES_DROPPED.labels("uniform_group").inc(num_dropped)
         self._drop_stale()
         return batch
 
@@ -337,6 +456,19 @@ class Ledger:
             )
         )
 
+    def _review(self, ordinal: int) -> None:
+        """A sample of a group has ended: it may be known to be uniform now, or be gone."""
+        group = self.state.open.get(ordinal)
+        if group is None or self._judge(group):
+            self._lineup.rebuild(self.state.open.values())
+
+    def _judge(self, group: Group) -> bool:
+        """Tell the line-up whether a group is uniform, if that matters; returns whether it is
+        news."""
+        if not self._lineup.resamples:
+            return False
+        return self._lineup.judge(group.ordinal, is_uniform(group, self.tasks))
+
     def _settle(self, ordinal: int) -> None:
         """Drop a group that lost too many samples; admission makes room for another."""
         group = self.state.open.get(ordinal)
@@ -346,8 +478,13 @@ class Ledger:
             self._drop(sample.key, "short_group")
 
     def _drop(self, key: TaskKey, reason: str) -> None:
+        evaluation = self.state.evaluations.get(key.evaluation)
         self._write(sample_dropped=log_pb2.SampleDropped(task_key=encode_key(key), reason=reason))
         metrics.TRAJECTORIES_DROPPED.labels(reason).inc()
+        if evaluation:
+            self._end_if_done(evaluation)
+        else:
+            self._review(key.ordinal)
 
 
 def encode_key(key: TaskKey) -> common_pb2.TaskKey:

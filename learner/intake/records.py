@@ -7,7 +7,7 @@ from pathlib import Path
 
 from learner.intake.intake import Intake
 from learner.intake.ledger import Result
-from learner.intake.tasks import TaskKey
+from learner.intake.tasks import Task, TaskKey
 from understudy.trajectory import (
     Segment,
     Trajectory,
@@ -105,43 +105,67 @@ class Inspector:
                 "BAD_PAYLOAD", f"outcome {trajectory.outcome}; the record's is {record.outcome}"
             )
         head = self._intake.state.admission.version
-        versions = [s.version for segment in trajectory.segments for s in segment.version_spans]
+        versions = trajectory.versions
         if versions and not 1 <= min(versions) <= max(versions) <= head:
             raise TrajectoryError(
-                "UNKNOWN_VERSION", f"versions {sorted(set(versions))}; published are 1 to {head}"
+                "UNKNOWN_VERSION", f"versions {sorted(versions)}; published are 1 to {head}"
             )
         for segment in trajectory.segments:
             self._check_segment(segment)
         if record.outcome not in _DATA:  # a failed episode may not have got as far as its task
             return
-        played = (trajectory.suite, trajectory.split, trajectory.task_ordinal)
-        leased = (self._tasks.suite, self._tasks.split, self._intake.ledger.task_ordinal(key))
+        if self._intake.ledger.has_result(key):  # meanwhile: it is a duplicate
+            return
+        played = Task(trajectory.suite, trajectory.split, trajectory.task_ordinal)
+        leased = self._intake.ledger.task(key)
         if played != leased:
-            raise TrajectoryError("BAD_PAYLOAD", f"task {played}; the leased one is {leased}")
+            raise TrajectoryError(
+                "BAD_PAYLOAD", f"task {tuple(played)}; the leased one is {tuple(leased)}"
+            )
+        evaluation = self._intake.state.evaluations.get(key.evaluation)
+        if evaluation and versions and min(versions) < evaluation.version:
+            raise TrajectoryError(
+                "BAD_PAYLOAD", f"version {min(versions)}; evaluated is {evaluation.version}"
+            )
 
     def _summarize(self, trajectory: Trajectory) -> log_pb2.EpisodeSummary:
         """What the ledger and the batches keep in reach."""
-        versions = [s.version for segment in trajectory.segments for s in segment.version_spans]
+        versions = trajectory.versions
         return log_pb2.EpisodeSummary(
             task_id=trajectory.task_id,
             level=trajectory.level,
             reward=trajectory.reward,
             oldest_version=trajectory.oldest_version,
-            oldest_step=self._intake.ledger.oldest_step(versions),
+            oldest_step=self._intake.ledger.oldest_step(sorted(versions)),
             num_tokens=trajectory.num_tokens,
             num_sampled_tokens=trajectory.num_sampled_tokens,
             num_turns=len(trajectory.turns),
             truncated=trajectory.outcome == trajectory_pb2.OUTCOME_TRUNCATED,
+            newest_version=max(versions, default=None),
+            longest_segment=max((len(s.token_ids) for s in trajectory.trainable), default=0),
+            longest_reply=max(
+                (
+                    turn.end - turn.start
+                    for turn in trajectory.turns
+                    if not trajectory.segments[turn.segment].frozen
+                ),
+                default=0,
+            ),
         )
 
     def _check_segment(self, segment: Segment) -> None:
-        """What the trainer could not take: ids that its model lacks, more tokens than leased."""
+        """What the trainer could not take: ids that its model lacks, more tokens than leased.
+
+        A frozen segment is not computed on, and may be of a model with other tokens.
+        """
         length = len(segment.token_ids)
         if length > self._tasks.max_tokens:
             raise TrajectoryError(
                 "BAD_PAYLOAD", f"segment of {length} tokens; max_tokens is {self._tasks.max_tokens}"
             )
-        if self._vocab_size and length and segment.token_ids.max() >= self._vocab_size:
+        if segment.frozen or not length:
+            return
+        if self._vocab_size and segment.token_ids.max() >= self._vocab_size:
             raise TrajectoryError(
                 "BAD_PAYLOAD", f"token id {segment.token_ids.max()}; there are {self._vocab_size}"
             )

@@ -1,21 +1,20 @@
-"""The intake's process: four services on one port, one event loop, one state owner each."""
+"""The intake's process: its services on one port, one event loop, one state owner each."""
 
 import asyncio
 from collections.abc import Mapping
 from typing import Self
 
 from learner.intake.batch_servicer import BatchServicer
-from learner.intake.bundle import Bundle
 from learner.intake.credits import MAX_PAYLOAD_BYTES
 from learner.intake.intake import Intake
 from learner.intake.journal import Journal
-from learner.intake.publication import Version
 from learner.intake.state import RunState
 from learner.intake.task_servicer import TaskServicer
-from learner.intake.uplink import TrajectoryServicer
-from learner.intake.weight_servicer import WeightServicer
-from learner.intake.weight_store import WeightStore
+from learner.intake.uplink import TrajectoryServicer, add_service
+from learner.intake.version_servicer import VersionServicer
+from learner.intake.versions import Versions
 from learner.log.writer import DurableLog, LogLimits
+from learner.weights.opening import OpenedWeights, open_weights, weight_service
 from understudy import metrics
 from understudy.config import Config
 from understudy.rpc import RoleControl, RoleServer, Service
@@ -23,7 +22,6 @@ from understudy.v1 import (
     batch_pb2_grpc,
     control_pb2,
     task_pb2_grpc,
-    trajectory_pb2_grpc,
     weight_pb2_grpc,
 )
 
@@ -48,7 +46,6 @@ class IntakeServer:
             ConfigError: a folder that cannot be written, a damaged log, another intake that serves
                 the run, no model at model.path, an unusable address.
         """
-        bundle = Bundle.read(config.model.path)
         settings = config.learner.log
         state = RunState(config.learner.tasks, config.learner.train.steps)
         log = await DurableLog.open(
@@ -61,13 +58,24 @@ class IntakeServer:
             ),
             state.recover,
         )
-        return cls(config, bundle, log, state)
+        if config.network.weights:
+            return cls(config, log, state, None)
+        try:
+            opened = await open_weights(config, state.steps_behind)
+        except BaseException:  # whatever it is, the next attempt needs the log
+            await log.close()
+            raise
+        server = cls(config, log, state, opened)
+        # Where weights go past the store, an empty one has lost nothing.
+        stored = config.learner.weights.transport == "delta"
+        await server.intake.set_weights(not stored or opened.recovered.is_newest)
+        return server
 
-    def __init__(self, config: Config, bundle: Bundle, log: DurableLog, state: RunState) -> None:
-        run = config.run
-        self.bundle = bundle
+    def __init__(
+        self, config: Config, log: DurableLog, state: RunState, opened: OpenedWeights | None
+    ) -> None:
         self.log = log
-        self.journal = Journal(run.path)
+        self.journal = Journal(config.run.path)
         self.control = RoleControl("learner", self.figures)
         self.intake = Intake(
             config,
@@ -76,11 +84,10 @@ class IntakeServer:
             self.journal,
             paused=lambda: self.control.state == control_pb2.ROLE_STATE_PAUSED,
         )
-        self.weights = WeightStore(
-            lambda: state.trainer_epoch, self.intake.advance, self._committed
-        )
+        self.versions = Versions(self.intake, self.journal, config.run.name)
+        self.weights = opened.servicer(self.versions.issue_here) if opened else None
+        """None where the weight store is a process of its own."""
         self.trajectories = TrajectoryServicer(self.intake)
-        self.weight_servicer = WeightServicer(self.weights, self.bundle, self.journal, run.name)
         self.intake.on_room = self.trajectories.room_freed
         self._server = RoleServer(
             "learner",
@@ -115,7 +122,8 @@ class IntakeServer:
         """End waiting calls, then running ones, then the process's state."""
         self.control.drain()
         await self.intake.close()
-        await self.weights.close()
+        if self.weights:
+            await self.weights.store.close()
         self.trajectories.close()
         await self._server.stop(grace)
         for task in self._tasks:
@@ -127,7 +135,7 @@ class IntakeServer:
     def figures(self) -> Mapping[str, float]:
         """What ControlService tells."""
         state = self.intake.state
-        served = self.weight_servicer.replica_versions.values()
+        served = self.versions.replicas.versions
         return {
             "step": state.num_completed,
             "version": state.admission.version,
@@ -135,28 +143,23 @@ class IntakeServer:
             "trainer_epoch": state.trainer_epoch,
             "log_bytes": self.log.num_bytes,
             "actor_streams": len(self.trajectories.streams),
+            "evaluating": sum(e.num_pending for e in state.evaluations.values()),
             "replicas": len(served),
             "lowest_replica_version": min(served, default=0),
             **self.intake.balance().figures(),
         }
 
-    def _committed(self, version: Version, seconds: float) -> None:
-        self.journal.version(
-            version.version,
-            {
-                "step": version.step,
-                "epoch": version.epoch,
-                "payload_bytes": version.num_bytes,
-                "publish_seconds": round(seconds, 6),
-            },
-        )
-
     def _services(self) -> list[Service]:
         return [
             _service("Task", task_pb2_grpc, TaskServicer(self.intake, self.control)),
-            _service("Trajectory", trajectory_pb2_grpc, self.trajectories),
-            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake)),
-            _service("Weight", weight_pb2_grpc, self.weight_servicer),
+            Service(
+                name="understudy.v1.TrajectoryService",
+                add=add_service,
+                servicer=self.trajectories,
+            ),
+            _service("Batch", batch_pb2_grpc, BatchServicer(self.intake, self.control.draining)),
+            _service("Version", weight_pb2_grpc, VersionServicer(self.versions)),
+            *([weight_service(self.weights)] if self.weights else []),
         ]
 
 

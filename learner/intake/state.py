@@ -3,8 +3,10 @@
     issue -> WAITING -> LEASED -> STORED -> ASSIGNED <-> TRAINED
                 ^          |         |
                 +----------+         +-> DROPPED{reason}, from WAITING and LEASED too:
-             expired, failed             failed, stale, short_group, uniform_group,
+             expired, failed             failed, stale, short_group, uniform_group, abandoned,
                                          or the reason of a refused record
+
+    evaluation: WAITING <-> LEASED -> EVALUATED, or DROPPED{failed, abandoned, reason of a record}
 
 Plain and synchronous. The ledger decides what happens, writes it to the log and applies it here; a
 start applies what the log has. Both go the same way, so that a restart changes nothing.
@@ -20,6 +22,8 @@ from dataclasses import replace
 
 from learner.intake.admission import Admission
 from learner.intake.batches import Batch, batch_of
+from learner.intake.curriculum import Curriculum
+from learner.intake.evaluations import ABANDONED, Evaluation, evaluation_of, first_key
 from learner.intake.leases import Leases
 from learner.intake.tasks import Balance, Counts, Group, Sample, State, TaskKey, balance_of
 from learner.log.segments import Location
@@ -68,14 +72,24 @@ class RunState:
         """Groups that are in no batch, by ordinal, in order of issue."""
         self.batches: dict[int, Batch] = {}
         """Closed batches by step."""
+        self.num_evaluations = 0
+        self.evaluations: dict[int, Evaluation] = {}
+        """Evaluations with samples that still need a trajectory, by number."""
+        self.evaluated_steps: set[int] = set()
+        """Steps behind the versions of all evaluations, but for those that were abandoned."""
+        self.heldout: list[Sample] = []
+        """Samples of evaluations that nobody plays, by task key: the oldest evaluation first."""
+        self.curriculum = Curriculum(tasks)
         self._groups: dict[int, Sequence[Group]] = {}
         self._clock = clock
         self._num_issued = 0
         self._counts: Counts = Counter()
+        self._time_us = 0
 
     def apply(self, entry: log_pb2.LogEntry, location: Location) -> None:
         """Take an entry of the log that stands at a location."""
         event = entry.WhichOneof("event") or ""
+        self._time_us = entry.time_us
         if handler := _HANDLERS.get(event):
             handler(self, getattr(entry, event), location)
 
@@ -98,13 +112,27 @@ class RunState:
 
     def pending(self, key: TaskKey) -> Sample | None:
         """The sample of a known task key if it still needs a trajectory."""
+        sample = self._find(key)
+        return sample if sample and sample.pending else None
+
+    def _find(self, key: TaskKey) -> Sample | None:
+        """The sample of a known task key; None if its group or its evaluation is closed."""
+        if key.evaluation:
+            evaluation = self.evaluations.get(key.evaluation)
+            first = first_key(key.evaluation).ordinal
+            return evaluation.samples[key.ordinal - first] if evaluation else None
         group = self.open.get(key.ordinal)
-        sample = group.samples[key.sample_index] if group else None
-        return sample if sample and sample.state in (State.WAITING, State.LEASED) else None
+        return group.samples[key.sample_index] if group else None
 
     def balance(self) -> Balance:
         """Count every task key that was ever issued."""
         return balance_of(self._num_issued, self._counts)
+
+    def versions_of(self, batch: Batch) -> dict[int, int]:
+        """Steps behind each version that may have sampled a token of a batch."""
+        oldest = batch.step - max((item.staleness for item in batch.items), default=0)
+        known = enumerate(self.steps_behind[: batch.head_version], 1)
+        return {version: step for version, step in known if step >= oldest}
 
     def oldest_segment(self) -> int | None:
         """Oldest log segment with a trajectory that may still be asked for; None without any."""
@@ -137,11 +165,23 @@ class RunState:
 
     def _on_group_issued(self, event: log_pb2.GroupIssued, _: Location) -> None:
         samples = [Sample(key=TaskKey(event.ordinal, i)) for i in range(event.num_samples)]
-        self.open[event.ordinal] = Group(ordinal=event.ordinal, batch=event.batch, samples=samples)
+        task = event.task_ordinal if event.HasField("task_ordinal") else None
+        self.open[event.ordinal] = Group(ordinal=event.ordinal, samples=samples, task_ordinal=task)
+        if task is not None:
+            self.curriculum.issued(task)
         self.waiting += samples
         self.num_groups = event.ordinal + 1
         self._num_issued += len(samples)
         self._counts[State.WAITING, ""] += len(samples)
+
+    def _on_evaluation_issued(self, event: log_pb2.EvaluationIssued, _: Location) -> None:
+        evaluation = evaluation_of(event, self._time_us)
+        self.evaluations[event.number] = evaluation
+        self.heldout += evaluation.samples
+        self.num_evaluations = event.number
+        self.evaluated_steps.add(event.step)
+        self._num_issued += len(evaluation.samples)
+        self._counts[State.WAITING, ""] += len(evaluation.samples)
 
     def _on_sample_leased(self, event: log_pb2.SampleLeased, _: Location) -> None:
         sample = self._sample(event.task_key)
@@ -155,24 +195,42 @@ class RunState:
         self._withdraw(sample)
         sample.num_failures += event.failed
         self._set(sample, State.WAITING)
-        bisect.insort(self.waiting, sample, key=_key)
+        bisect.insort(self._queue(sample), sample, key=_key)
 
     def _on_trajectory_stored(self, event: log_pb2.TrajectoryStored, location: Location) -> None:
         sample = self._sample(event.task_key)
         self._withdraw(sample)
         sample.summary = event.summary
         sample.location = location
-        self._set(sample, State.STORED)
+        self._set(sample, State.EVALUATED if sample.key.evaluation else State.STORED)
+        if sample.key.evaluation:
+            self._end_heldout(sample.key.evaluation)
 
     def _on_sample_dropped(self, event: log_pb2.SampleDropped, _: Location) -> None:
         sample = self._sample(event.task_key)
         self._withdraw(sample)
         self._set(sample, State.DROPPED, event.reason)
-        if self.open[sample.key.ordinal].ended:
+        if number := sample.key.evaluation:
+            if event.reason == ABANDONED:
+                self.evaluated_steps.discard(self.evaluations[number].step)
+            self._end_heldout(number)
+        elif self.open[sample.key.ordinal].ended:
             del self.open[sample.key.ordinal]
 
+    def _end_heldout(self, number: int) -> None:
+        """A sample of an evaluation has ended; let go of one of which nothing is left to play."""
+        self.evaluations[number].num_pending -= 1
+        if not self.evaluations[number].num_pending:
+            del self.evaluations[number]
+
     def _sample(self, key: common_pb2.TaskKey) -> Sample:
-        return self.open[key.ordinal].samples[key.sample_index]
+        sample = self._find(TaskKey(key.ordinal, key.sample_index))
+        assert sample
+        return sample
+
+    def _queue(self, sample: Sample) -> list[Sample]:
+        """Where a sample waits."""
+        return self.heldout if sample.key.evaluation else self.waiting
 
     def _withdraw(self, sample: Sample) -> None:
         """Nobody is to play a sample any more."""
@@ -180,16 +238,20 @@ class RunState:
             self.leases.remove(sample.lease_id)
             sample.lease_id = 0
         elif sample.state is State.WAITING:
-            del self.waiting[bisect.bisect_left(self.waiting, sample.key, key=_key)]
+            queue = self._queue(sample)
+            del queue[bisect.bisect_left(queue, sample.key, key=_key)]
 
     # Batches.
 
     def _on_batch_assigned(self, event: log_pb2.BatchAssigned, _: Location) -> None:
         groups = [self.open.pop(assigned.ordinal) for assigned in event.groups]
         self.batches[event.step] = batch_of(event, groups)
+        for group in groups:
+            if group.task_ordinal is not None:
+                self.curriculum.ended(group.task_ordinal, group.reward_mean)
         self._groups[event.step] = groups
         for group, assigned in zip(groups, event.groups, strict=True):
-            if assigned.uniform:
+            if assigned.uniform and not event.keeps_uniform:
                 for sample in group.in_state(State.STORED):
                     self._set(sample, State.DROPPED, "uniform_group")
         self._move(groups, State.STORED, State.ASSIGNED)

@@ -5,9 +5,10 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from learner.intake.intake import Intake
-from learner.intake.leases import Lease
+from learner.intake.leases import Offer, lease_seed
 from learner.intake.refusals import RefusedError, mapped
 from learner.intake.uplink import MAX_ACTOR_ID_BYTES
+from understudy.evaluation import episode_seed
 from understudy.rpc import RoleControl
 from understudy.v1 import common_pb2, task_pb2, task_pb2_grpc
 
@@ -24,9 +25,6 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         self.control = control
         self.run_id = intake.config.run.name
         tasks = intake.config.learner.tasks
-        self._sampling = common_pb2.SamplingParameters(
-            temperature=tasks.temperature, max_new_tokens=tasks.max_new_tokens
-        )
         self._expires_after = duration_pb2.Duration()
         self._expires_after.FromNanoseconds(int(tasks.lease_seconds * 1e9))
 
@@ -36,11 +34,11 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         self.control.admit()
         with mapped():
             self._check(request)
-            leases = await self.intake.lease(
+            offers = await self.intake.lease(
                 request.actor_id, request.max_leases, _patience(context.time_remaining())
             )
         return task_pb2.LeaseTasksResponse(
-            leases=[self._encode(lease) for lease in leases],
+            leases=[self._encode(offer) for offer in offers],
             run_id=self.run_id,
             exhausted=self.intake.ledger.exhausted,
         )
@@ -70,22 +68,33 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
                 "BAD_REQUEST", f"actor_id {request.actor_id!r}: 1 to {MAX_ACTOR_ID_BYTES} bytes"
             )
 
-    def _encode(self, lease: Lease) -> task_pb2.Lease:
-        tasks = self.intake.config.learner.tasks
-        key = lease.sample.key
+    def _encode(self, offer: Offer) -> task_pb2.Lease:
+        config, key = self.intake.config, offer.lease.sample.key
+        tasks = config.learner.tasks
+        pinned = config.run.deterministic and not key.evaluation
         return task_pb2.Lease(
-            lease_id=lease.lease_id,
+            lease_id=offer.lease.lease_id,
             task_key=common_pb2.TaskKey(ordinal=key.ordinal, sample_index=key.sample_index),
             task=common_pb2.TaskReference(
-                suite=tasks.suite,
-                split=tasks.split,
-                task_ordinal=self.intake.ledger.task_ordinal(key),
+                suite=offer.task.suite, split=offer.task.split, task_ordinal=offer.task.ordinal
             ),
-            sampling=self._sampling,
+            sampling=self._sampling(offer),
             max_turns=tasks.max_turns,
             max_tokens=tasks.max_tokens,
-            min_version=self.intake.ledger.min_version(lease),
+            min_version=offer.min_version,
+            max_version=offer.min_version if pinned else 0,
             expires_after=self._expires_after,
+        )
+
+    def _sampling(self, offer: Offer) -> common_pb2.SamplingParameters:
+        run, key = self.intake.config.run, offer.lease.sample.key
+        seed = lease_seed(run.seed, key) if run.deterministic else None
+        if key.evaluation:
+            seed = episode_seed(run.seed, offer.task.ordinal)
+        return common_pb2.SamplingParameters(
+            temperature=offer.temperature,
+            max_new_tokens=self.intake.config.learner.tasks.max_new_tokens,
+            seed=seed,
         )
 
 

@@ -13,8 +13,9 @@ from understudy.v1.log_pb2 import EpisodeSummary
 class State(enum.Enum):
     """Where a task key is.
 
-    A key is issued into WAITING. DROPPED is an end, and TRAINED becomes one once a checkpoint has
-    it behind itself: a trainer that starts from an older one takes it back to ASSIGNED.
+    A key is issued into WAITING. DROPPED and EVALUATED are ends, and TRAINED becomes one once a
+    checkpoint has it behind itself: a trainer that starts from an older one takes it back to
+    ASSIGNED. Keys of evaluations go from LEASED to EVALUATED, and are in no other state of these.
     """
 
     WAITING = "waiting"
@@ -22,7 +23,13 @@ class State(enum.Enum):
     STORED = "stored"
     ASSIGNED = "assigned"
     TRAINED = "trained"
+    EVALUATED = "evaluated"
     DROPPED = "dropped"
+
+
+EVALUATION_ORDINALS = 2**32
+"""Evaluation n, counted from 1, has the ordinals from n times this on: what is trained on, and in
+which order, does not depend on evaluations."""
 
 
 class TaskKey(NamedTuple):
@@ -30,6 +37,19 @@ class TaskKey(NamedTuple):
 
     ordinal: int
     sample_index: int
+
+    @property
+    def evaluation(self) -> int:
+        """Number of the evaluation that the task is of; 0 if it is trained on."""
+        return self.ordinal // EVALUATION_ORDINALS
+
+
+class Task(NamedTuple):
+    """A task of a suite, for example ("practice", "train", 8)."""
+
+    suite: str
+    split: str
+    ordinal: int
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -44,9 +64,14 @@ class Sample:
     reason: str = ""
     """Why it was dropped."""
     summary: EpisodeSummary | None = None
-    """Its trajectory in numbers; set from STORED on."""
+    """Its trajectory in numbers; set from STORED on, and where it is EVALUATED."""
     location: Location | None = None
-    """Where the log has its trajectory; set from STORED on."""
+    """Where the log has its trajectory; set from STORED on, and where it is EVALUATED."""
+
+    @property
+    def pending(self) -> bool:
+        """It still needs a trajectory."""
+        return self.state in (State.WAITING, State.LEASED)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -54,9 +79,9 @@ class Group:
     """The samples of one task."""
 
     ordinal: int
-    batch: int
-    """Batch that the group completes if groups complete in the order of their issue."""
     samples: list[Sample] = field(default_factory=list)
+    task_ordinal: int | None = None
+    """Ordinal of its task in the split; None if the log is too old to say."""
 
     def in_state(self, *states: State) -> list[Sample]:
         """Samples in one of the states, by sample index."""
@@ -65,8 +90,14 @@ class Group:
     @property
     def complete(self) -> bool:
         """Every sample has ended, and at least two have a trajectory."""
-        pending = self.in_state(State.WAITING, State.LEASED)
+        pending = any(sample.pending for sample in self.samples)
         return not pending and len(self.in_state(State.STORED)) >= 2
+
+    @property
+    def reward_mean(self) -> float:
+        """Mean reward of the samples that are stored, as the environment gave it; 0 without any."""
+        rewards = [s.summary.reward for s in self.in_state(State.STORED) if s.summary]
+        return sum(rewards) / max(len(rewards), 1)
 
     @property
     def ended(self) -> bool:
@@ -91,7 +122,7 @@ class Balance:
 
     @property
     def holds(self) -> bool:
-        """issued = waiting + leased + stored + assigned + trained + dropped{reason}."""
+        """issued = waiting + leased + stored + assigned + trained + evaluated + dropped{reason}."""
         in_reasons = sum(self.dropped.values())
         return (self.issued, self.states[State.DROPPED]) == (sum(self.states.values()), in_reasons)
 

@@ -11,6 +11,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import grpc
+from google.protobuf.message import DecodeError
+
 from learner.intake.actors import Actors, Incarnation
 from learner.intake.credits import MAX_PAYLOAD_BYTES, Grant, Window, grant
 from learner.intake.intake import Intake
@@ -20,16 +23,20 @@ from learner.intake.refusals import RefusedError, draining, mapped
 from understudy import failpoints, metrics
 from understudy.trajectory import MAX_DECODED_BYTES, TrajectoryError, decoded_size
 from understudy.v1 import log_pb2, trajectory_pb2, trajectory_pb2_grpc
+from understudy.wire import WireError, check_num_fields
 
 _log = logging.getLogger(__name__)
 
 Requests = AsyncIterator[trajectory_pb2.PushTrajectoriesRequest]
 Response = trajectory_pb2.PushTrajectoriesResponse
+_RECORDS = trajectory_pb2.PushTrajectoriesRequest.RECORDS_FIELD_NUMBER
 
 ACK_DELAY_SECONDS = 0.005
 """Longest that an ack waits for more records to ack."""
 BURST_RECORDS = 64
 """Records that are acked without further delay."""
+MAX_MESSAGE_FIELDS = 2**12
+"""Most fields of a message, of which each record is one; clients pack 64 records."""
 MAX_ACTOR_ID_BYTES = 64
 DIGEST_BYTES = 32
 """Of SHA-256; what is longer is wrong, and not kept."""
@@ -98,6 +105,24 @@ class TrajectoryServicer(trajectory_pb2_grpc.TrajectoryServiceServicer):
             hello.actor_id, hello.incarnation, hello.first_unacked_sequence
         )
         return Stream(self, hello.actor_id, incarnation)
+
+
+def add_service(servicer: TrajectoryServicer, server: grpc.aio.Server) -> None:
+    """Register the servicer as the generated function does, with a decoder of our own."""
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.PushTrajectories, _decode_request, Response.SerializeToString
+    )
+    name = trajectory_pb2.DESCRIPTOR.services_by_name["TrajectoryService"].full_name
+    handlers = grpc.method_handlers_generic_handler(name, {"PushTrajectories": handler})
+    server.add_generic_rpc_handlers((handlers,))
+
+
+def _decode_request(data: bytes) -> trajectory_pb2.PushTrajectoriesRequest:
+    try:
+        check_num_fields(data, _RECORDS, MAX_MESSAGE_FIELDS)
+    except WireError as error:
+        raise DecodeError(f"the message {error}; send fewer records at one time") from None
+    return trajectory_pb2.PushTrajectoriesRequest.FromString(data)
 
 
 class Stream:
