@@ -7,7 +7,7 @@ from pathlib import Path
 from understudy.errors import ConfigError
 
 
-def lock_folder(folder: Path, run_id: str) -> int:
+def lock_folder(folder: Path, run_id: str, owner: str = "intake") -> int:
     """Take a folder for this process, as long as the descriptor that is returned stays open.
 
     Raises:
@@ -20,7 +20,7 @@ def lock_folder(folder: Path, run_id: str) -> int:
         pid = os.read(descriptor, 20).decode().strip()
         os.close(descriptor)
         raise ConfigError(
-            f"run.name = {run_id!r}: another intake (pid {pid}) serves this run from {folder}; "
+            f"run.name = {run_id!r}: another {owner} (pid {pid}) serves this run from {folder}; "
             "stop it, or choose another name"
         ) from None
     os.ftruncate(descriptor, 0)

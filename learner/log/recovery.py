@@ -15,15 +15,14 @@ from pathlib import Path
 from learner.log.frames import Frame
 from learner.log.index import SegmentIndex
 from learner.log.segments import (
-    NEW_SUFFIX,
     Location,
     list_segments,
     read_segment,
     segment_path,
-    sync_folder,
 )
 from learner.log.walk import Findings, Walk
 from understudy.errors import ConfigError
+from understudy.files import NEW_SUFFIX, sync
 from understudy.v1.log_pb2 import LogEntry
 
 OnEntry = Callable[[LogEntry, Location], None]
@@ -69,7 +68,7 @@ class Recovery:
             await asyncio.sleep(0)
         if segments:
             self._take_newest(segments[-1])
-        sync_folder(self._folder)
+        sync(self._folder)
         self._report()
 
     def _take_older(self, segment: int) -> None:

@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from learner.log.errors import NO_SPACE, LogFailedError
 from learner.log.frames import BadRange, Frame, checksum_of, encode_head, extend_chain, scan
-from learner.log.segments import NEW_SUFFIX, Location, read_segment, segment_path, sync_folder
+from learner.log.segments import Location, read_segment, segment_path
 from learner.log.writer import DurableLog
+from understudy.files import write_durably
 from understudy.v1.log_pb2 import LogEntry
 
 MayTrim = Callable[[LogEntry], bool]
@@ -48,7 +47,7 @@ async def trim_segment(
             return {}
         log.files.hold(segment)
         trimmed, moved = await asyncio.to_thread(_trim, segment, data, frames, chosen)
-        await asyncio.to_thread(_replace, log.folder, segment, trimmed)
+        await asyncio.to_thread(write_durably, segment_path(log.folder, segment), [trimmed])
     except OSError as error:
         log.files.forget(segment)
         if error.errno in NO_SPACE:
@@ -92,19 +91,3 @@ def _trim(
         parts.append(part)
         offset += len(part)
     return b"".join(parts), moved
-
-
-def _replace(folder: Path, segment: int, data: bytes) -> None:
-    path = segment_path(folder, segment)
-    new = path.with_suffix(f"{path.suffix}{NEW_SUFFIX}")
-    try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = new
-        new.unlink(missing_ok=True)
-        raise
-    new.replace(path)
-    sync_folder(folder)

@@ -10,8 +10,6 @@ from learner.log.frames import decode_frame
 from understudy.v1.log_pb2 import LogEntry
 
 SUFFIX = ".seg"
-NEW_SUFFIX = ".new"
-"""Ends the name of a file that is not finished. It is removed at the next start."""
 
 _MAX_OPEN_FILES = 16
 
@@ -38,23 +36,6 @@ def read_segment(folder: Path, segment: int) -> bytes:
     """All bytes of a segment. Not mapped: a bad sector, or a file that another process cuts, would
     be a SIGBUS then instead of an error."""
     return segment_path(folder, segment).read_bytes()
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder, and make its name durable."""
-    above = [path.parent for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in {folder.parent, *above}:
-        sync_folder(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SegmentFiles:

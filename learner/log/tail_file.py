@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learner.log.errors import NO_SPACE
-from learner.log.segments import segment_path, sync_folder
+from learner.log.segments import segment_path
 from understudy import failpoints
+from understudy.files import sync
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
@@ -51,7 +52,7 @@ class TailFile:
         if create:
             failpoints.hit("log.after_create")
             # Frames in a file whose name a power loss takes away would be lost with it.
-            sync_folder(self._folder)
+            sync(self._folder)
         self._segment = segment
 
     def _write(self, offset: int, buffers: Sequence[bytes]) -> None:

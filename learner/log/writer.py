@@ -23,9 +23,10 @@ from learner.log.frames import HEADER_BYTES, Frame, checksum_of, encode_head
 from learner.log.index import SegmentIndex
 from learner.log.lock import lock_folder
 from learner.log.recovery import OnEntry, Recovery
-from learner.log.segments import Location, SegmentFiles, make_folder, read_segment
+from learner.log.segments import Location, SegmentFiles, read_segment
 from learner.log.walk import Tail
 from understudy import failpoints
+from understudy.files import make_folder
 from understudy.v1.log_pb2 import LogEntry, SegmentOpened, SegmentSealed
 
 
