@@ -44,12 +44,12 @@ def payload(ordinal: int, index: int) -> bytes:
     return b"%d,%d;" % (ordinal, index) * 300
 
 
-def store(ordinal: int, index: int, reward: float, **where: Any) -> LogEntry:
+def store(ordinal: int, index: int, reward: float, version: int = 1, **where: Any) -> LogEntry:
     stored = log_pb2.TrajectoryStored(
         task_key=key(ordinal, index),
         origin=origin(**where),
         payload_digest=hashlib.sha256(payload(ordinal, index)).digest(),
-        summary=log_pb2.EpisodeSummary(reward=reward, oldest_version=1),
+        summary=log_pb2.EpisodeSummary(reward=reward, oldest_version=version),
     )
     return LogEntry(trajectory_stored=stored)
 
@@ -61,7 +61,9 @@ def answer(ordinal: int, index: int, kind: int, **where: Any) -> LogEntry:
     return LogEntry(record_answered=answered)
 
 
-def assign(step: int, head: int, **groups: tuple[list[float], bool]) -> LogEntry:
+def assign(
+    step: int, head: int, keeps_uniform: bool = False, **groups: tuple[list[float], bool]
+) -> LogEntry:
     assigned = [
         log_pb2.AssignedGroup(
             ordinal=int(name.removeprefix("g")),
@@ -72,8 +74,17 @@ def assign(step: int, head: int, **groups: tuple[list[float], bool]) -> LogEntry
         for name, (rewards, uniform) in groups.items()
     ]
     return LogEntry(
-        batch_assigned=log_pb2.BatchAssigned(step=step, head_version=head, groups=assigned)
+        batch_assigned=log_pb2.BatchAssigned(
+            step=step, head_version=head, groups=assigned, keeps_uniform=keeps_uniform
+        )
     )
+
+
+def evaluate(number: int, version: int, step: int, num_tasks: int = 2) -> LogEntry:
+    issued = log_pb2.EvaluationIssued(
+        number=number, version=version, step=step, split="test", num_tasks=num_tasks
+    )
+    return LogEntry(evaluation_issued=issued)
 
 
 def intake(epoch: int) -> LogEntry:
@@ -102,12 +113,15 @@ def checkpoint(step: int, oldest: int, epoch: int = 1) -> LogEntry:
     return LogEntry(checkpoint_saved=saved)
 
 
+HELDOUT = 2**32
+"""First ordinal of the first evaluation."""
 DUPLICATE, STALE = log_pb2.ANSWER_DUPLICATE, log_pb2.ANSWER_STALE
 FAILED, CONFLICT = log_pb2.ANSWER_FAILED, log_pb2.ANSWER_CONFLICT
 
 
 def healthy() -> dict[str, LogEntry]:
-    """Two intakes and two trainers: every event, expiry, duplicates, a conflict, a step back."""
+    """Two intakes and two trainers: every event, expiry, duplicates, a conflict, a step back, an
+    evaluation that outlives an intake."""
     return {
         "intake1": intake(1),
         "trainer1": trainer(1, 0),
@@ -128,10 +142,14 @@ def healthy() -> dict[str, LogEntry]:
         "version2": version(2, 1),
         "complete0": complete(0),
         "checkpoint1": checkpoint(1, 0),
+        "evaluate1": evaluate(1, 2, 1),
         "issue2": issue(2),
         "lease20": lease(2, 0, 3),
+        "leaseE0": lease(HELDOUT, 0, 4),
         "intake2": intake(2),
         "lease21": lease(2, 1, 2**32 + 1),
+        "storeE0": store(HELDOUT, 0, 1.0, version=2, sequence=0, incarnation=2**32 + 2, actor="b"),
+        "dropE1": drop(HELDOUT + 1, 0, "abandoned"),
         "store20": store(2, 0, 0.0, sequence=0, incarnation=2**32 + 1),
         "store21": store(2, 1, 1.0, sequence=1, incarnation=2**32 + 1),
         "assign1": assign(1, 2, g2=MIXED),

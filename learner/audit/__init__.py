@@ -4,6 +4,7 @@
                                                        samples    task keys and their states
                                                        batches    which samples a step learns from
                                                        trainers   steps, versions, checkpoints
+                                                       evaluations   held-out tasks
                                                        origins    records on the wire
                                                        payloads   digests, what was trimmed
                                                        seals      how segments begin and end

@@ -7,6 +7,7 @@ from typing import Any
 from learner.audit.batches import Batches
 from learner.audit.checkpoints import check_manifests, read_manifests
 from learner.audit.entries import Entries, Item
+from learner.audit.evaluations import Evaluations
 from learner.audit.origins import Origins
 from learner.audit.payloads import Payloads
 from learner.audit.report import AuditReport
@@ -43,6 +44,7 @@ class Audit:
         self.samples = Samples(self.violations)
         self.batches = Batches(self.samples, self.violations)
         self.trainers = Trainers(self.batches, self.violations)
+        self.evaluations = Evaluations(self.samples, self.trainers, self.violations)
         self.origins = Origins(self.samples, self.violations)
         self.payloads = Payloads(self.samples, self.violations)
         self.seals = Seals(self.violations)
@@ -54,10 +56,12 @@ class Audit:
             "trainer_started": (self.trainers.on_trainer_started,),
             "version_published": (self.trainers.on_version_published,),
             "group_issued": (self.samples.on_group_issued,),
+            "evaluation_issued": (self.evaluations.on_evaluation_issued,),
             "sample_leased": (self.samples.on_sample_leased,),
             "sample_returned": (self.samples.on_sample_returned,),
             "trajectory_stored": (
                 self.trainers.on_trajectory_stored,
+                self.evaluations.on_trajectory_stored,
                 self.origins.on_trajectory_stored,
                 self.samples.on_trajectory_stored,
             ),
@@ -129,7 +133,10 @@ class Audit:
             missing_entries=findings.num_missing,
             steps_assigned=batches.next_step,
             steps_completed=trainers.num_completed,
+            groups=batches.num_groups,
+            uniform_groups=batches.num_uniform,
             versions=trainers.num_versions,
+            evaluations=len(self.evaluations.issued),
             intake_epoch=origins.intake_epoch,
             trainer_epoch=trainers.epoch,
             checkpoints=num_checkpoints,

@@ -8,6 +8,9 @@ from learner.audit.samples import ASSIGNED, DROPPED, STATES, STORED, Samples
 from learner.audit.violations import Rule, Violations
 from understudy.v1 import log_pb2
 
+_Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+_NONE: _Floats = np.zeros(0, np.float32)
+
 UNIFORM = "uniform_group"
 """Reason under which the samples of a group without any difference in reward are dropped."""
 
@@ -20,6 +23,10 @@ class Batches:
         """The step whose batch comes next."""
         self.digests: dict[int, bytes] = {0: b""}
         """By step: SHA-256 over all batches before it, each chained to those before."""
+        self.num_groups = 0
+        """Groups of all batches."""
+        self.num_uniform = 0
+        """Those whose rewards are all equal."""
         self.num_twice = 0
         """Task keys that came into a second batch."""
         self._ordinals: dict[int, tuple[int, ...]] = {}
@@ -42,7 +49,9 @@ class Batches:
         """The batch of a step is closed."""
         if event.step != self.next_step:
             self._add(f"step {event.step}, where {self.next_step} was next")
-        fresh = [group for group in event.groups if self._take(event.step, group)]
+        fresh = [group for group in event.groups if self._take(event, group)]
+        self.num_groups += len(fresh)
+        self.num_uniform += sum(group.uniform for group in fresh)
         self._check_rewards(fresh)
         if event.step < self.next_step:
             return
@@ -52,9 +61,9 @@ class Batches:
         self.digests[event.step + 1] = hashlib.sha256(before + written).digest()
         self.next_step = event.step + 1
 
-    def _take(self, step: int, group: log_pb2.AssignedGroup) -> bool:
+    def _take(self, event: log_pb2.BatchAssigned, group: log_pb2.AssignedGroup) -> bool:
         """Assign or drop the samples of a group; False if it must not be in this batch."""
-        samples = self._samples
+        samples, step = self._samples, event.step
         if group.ordinal >= samples.num_groups:
             self._add(f"group {group.ordinal} was never issued")
             return False
@@ -70,7 +79,7 @@ class Batches:
         for key in samples.group(group.ordinal):
             if samples.states[key] != STORED:
                 continue
-            if group.uniform:
+            if group.uniform and not event.keeps_uniform:
                 samples.drop(key, UNIFORM)
             else:
                 samples.states[key] = ASSIGNED
@@ -99,26 +108,37 @@ class Batches:
             self._add(f"group {group.ordinal} is said to be {said}: {rewards.tolist()}")
 
     def _check_rewards(self, groups: list[log_pb2.AssignedGroup]) -> None:
-        """The rewards of a batch are those that its samples were stored with. The control
-        experiment permutes them within the batch."""
-        given = np.sort(_floats(b"".join(group.rewards for group in groups if _whole(group))))
-        keys = (
-            self._samples.group(group.ordinal)[index]
-            for group in groups
-            for index in group.sample_indices
-            if index < len(self._samples.group(group.ordinal)) and _whole(group)
-        )
-        stored = np.sort(np.array([self._samples.rewards[key] for key in keys], np.float32))
+        """The rewards of a batch are those that its samples were stored with, less what was taken
+        off for their length. The control experiment permutes them within the batch."""
+        whole = [group for group in groups if self._is_whole(group)]
+        given = np.sort(_floats(b"".join(group.rewards for group in whole)))
+        stored = np.sort(np.concatenate([_NONE, *(self._expected(group) for group in whole)]))
         if not np.array_equal(given, stored):
             self._add("its rewards are not those that its samples were stored with")
+
+    def _is_whole(self, group: log_pb2.AssignedGroup) -> bool:
+        """Whether a group has a reward, and perhaps a penalty, for each of its samples."""
+        size = 4 * len(group.sample_indices)
+        keys = self._samples.group(group.ordinal)
+        if len(group.penalties) not in (0, size):
+            what = f"{len(group.penalties)} B of penalties, {len(group.sample_indices)} samples"
+            self._add(f"group {group.ordinal}: {what}")
+            return False
+        if (_floats(group.penalties) < 0).any():
+            self._add(f"group {group.ordinal}: a penalty is below 0")
+            return False
+        inside = all(index < len(keys) for index in group.sample_indices)
+        return inside and len(group.rewards) == size
+
+    def _expected(self, group: log_pb2.AssignedGroup) -> _Floats:
+        keys = self._samples.group(group.ordinal)
+        indices = group.sample_indices
+        stored = np.array([self._samples.rewards[keys[index]] for index in indices], np.float32)
+        return stored - _floats(group.penalties) if group.penalties else stored
 
     def _add(self, what: str) -> None:
         self._violations.add(Rule.BATCH, what)
 
 
-def _whole(group: log_pb2.AssignedGroup) -> bool:
-    return len(group.rewards) == 4 * len(group.sample_indices)
-
-
-def _floats(values: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+def _floats(values: bytes) -> _Floats:
     return np.frombuffer(values, "<f4")

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 
-from learner.audit.samples import DROPPED, Samples, name
+from learner.audit.samples import DROPPED, EVALUATED, Samples, name
 from learner.audit.violations import Place, Rule, Violations
 from understudy.v1 import common_pb2, log_pb2
 
@@ -36,7 +36,7 @@ class Payloads:
             self._violations.add(Rule.DIGEST, what)
 
     def finish(self, oldest_kept_step: int) -> None:
-        """Trimmed is what was dropped, or trained before the oldest checkpoint."""
+        """Trimmed is what was dropped, evaluated, or trained before the oldest checkpoint."""
         for start in range(0, len(self._trimmed), 5):
             ordinal, sample_index, *place = self._trimmed[start : start + 5]
             task_key = common_pb2.TaskKey(ordinal=ordinal, sample_index=sample_index)
@@ -47,7 +47,7 @@ class Payloads:
 
     def _is_needed(self, task_key: common_pb2.TaskKey, oldest_kept_step: int) -> bool:
         key = self._samples.find(task_key)
-        if key is None or self._samples.states[key] == DROPPED:
+        if key is None or self._samples.states[key] in (DROPPED, EVALUATED):
             return False
         step = self._samples.step_of(task_key.ordinal)
         return step is None or step >= oldest_kept_step

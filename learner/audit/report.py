@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from learner.audit.samples import STATES
 from learner.audit.violations import Violation
 
-STATES = ("waiting", "leased", "stored", "assigned", "trained", "evaluated", "dropped")
-"""The states of the balance, in its order. No event makes a task key `evaluated` yet."""
 _MAX_LINES = 50
 """Violations, and conflicts, that people are shown."""
 
@@ -48,7 +47,12 @@ class AuditReport:
     missing_entries: int
     steps_assigned: int
     steps_completed: int
+    groups: int
+    """Groups of all batches."""
+    uniform_groups: int
+    """Those whose rewards are all equal."""
     versions: int
+    evaluations: int
     intake_epoch: int
     trainer_epoch: int
     checkpoints: int
@@ -103,6 +107,8 @@ class AuditReport:
             f"{self.missing_entries} entries missing; torn tail: {self.torn_bytes} bytes",
             f"  steps: {self.steps_assigned} assigned, {self.steps_completed} completed; "
             f"{self.versions} versions; {self.checkpoints} checkpoints agree",
+            f"  batches: {self.groups} groups, {self.uniform_groups} of them uniform; "
+            f"{self.evaluations} evaluations",
             f"  epochs: intake {self.intake_epoch}, trainer {self.trainer_epoch}",
             f"  ledger digest: {self.ledger_digest or '(no batch)'}",
             *_section("conflicts", self.conflicting, self.conflicts),

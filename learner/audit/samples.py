@@ -1,7 +1,9 @@
 """The account of samples: every task key that was issued, in one state.
 
     WAITING <-> LEASED -> STORED -> ASSIGNED <-> TRAINED
+       |           |         |         |
        +-----------+---------+---------+-> DROPPED
+                   +-> EVALUATED, of an evaluation's
 
 Arrays only, about 10 bytes a task key, so that runs of any length can be audited.
 """
@@ -11,10 +13,12 @@ from array import array
 from learner.audit.violations import Rule, Violations
 from understudy.v1 import common_pb2, log_pb2
 
-WAITING, LEASED, STORED, ASSIGNED, TRAINED, DROPPED = range(6)
-STATES = ("waiting", "leased", "stored", "assigned", "trained", "dropped")
-"""Names of the states, by their numbers."""
+WAITING, LEASED, STORED, ASSIGNED, TRAINED, EVALUATED, DROPPED = range(7)
+STATES = ("waiting", "leased", "stored", "assigned", "trained", "evaluated", "dropped")
+"""Names of the states, by their numbers; in the order of the balance."""
 
+EVALUATION_ORDINALS = 2**32
+"""Evaluation n has the ordinals from n times this on."""
 _NO_BATCH = -1
 
 
@@ -28,8 +32,12 @@ class Samples:
         self.steps = array("q")
         """By group: step of the batch that it is in, else -1."""
         self.reasons = [""]
-        self._first_keys = array("Q", [0])
-        """By group, and one more: the first key behind the last group."""
+        self._first_keys = array("Q")
+        """By group."""
+        self._sizes = array("I")
+        """By group: number of samples."""
+        self._evaluations: dict[int, range] = {}
+        """Keys of evaluations, by number."""
         self._reasons = array("I")
         self._violations = violations
         self._last_lease = 0
@@ -41,10 +49,15 @@ class Samples:
 
     def group(self, ordinal: int) -> range:
         """Keys of a group that was issued."""
-        return range(self._first_keys[ordinal], self._first_keys[ordinal + 1])
+        first = self._first_keys[ordinal]
+        return range(first, first + self._sizes[ordinal])
 
     def find(self, task_key: common_pb2.TaskKey) -> int | None:
         """The key of a sample; None if it was never issued."""
+        if number := evaluation_of(task_key):
+            index = task_key.ordinal % EVALUATION_ORDINALS
+            keys = self._evaluations.get(number, range(0))
+            return keys[index] if index < len(keys) and not task_key.sample_index else None
         if task_key.ordinal >= self.num_groups:
             return None
         keys = self.group(task_key.ordinal)
@@ -55,8 +68,8 @@ class Samples:
         return self.states[key] in (WAITING, LEASED)
 
     def step_of(self, ordinal: int) -> int | None:
-        """Step of the batch that an issued group is in."""
-        step = self.steps[ordinal]
+        """Step of the batch that an issued group is in; evaluations are in none."""
+        step = self.steps[ordinal] if ordinal < EVALUATION_ORDINALS else _NO_BATCH
         return None if step == _NO_BATCH else step
 
     def reason_of(self, key: int) -> str:
@@ -96,12 +109,22 @@ class Samples:
 
     def _issue(self, num_skipped: int, num_samples: int) -> None:
         """Groups that were skipped have no samples."""
-        number = len(self.states)
         self.steps.extend([_NO_BATCH] * (num_skipped + 1))
-        self._first_keys.extend([number] * num_skipped + [number + num_samples])
-        self.states.extend(bytes([WAITING]) * num_samples)
-        self.rewards.extend([0.0] * num_samples)
-        self._reasons.extend([0] * num_samples)
+        self._first_keys.extend([len(self.states)] * (num_skipped + 1))
+        self._sizes.extend([0] * num_skipped + [num_samples])
+        self._add_keys(num_samples)
+
+    def on_evaluation_issued(self, event: log_pb2.EvaluationIssued) -> None:
+        """New samples of an evaluation wait."""
+        if event.number not in self._evaluations:
+            self._evaluations[event.number] = self._add_keys(event.num_tasks)
+
+    def _add_keys(self, number: int) -> range:
+        first = len(self.states)
+        self.states.extend(bytes([WAITING]) * number)
+        self.rewards.extend([0.0] * number)
+        self._reasons.extend([0] * number)
+        return range(first, first + number)
 
     def on_sample_leased(self, event: log_pb2.SampleLeased) -> None:
         """A waiting sample goes to an actor."""
@@ -118,7 +141,8 @@ class Samples:
 
     def on_trajectory_stored(self, event: log_pb2.TrajectoryStored) -> None:
         """A sample has its trajectory."""
-        key = self._move(event.task_key, (WAITING, LEASED), STORED, Rule.STORE)
+        target = EVALUATED if evaluation_of(event.task_key) else STORED
+        key = self._move(event.task_key, (WAITING, LEASED), target, Rule.STORE)
         if key is not None:
             self.rewards[key] = event.summary.reward
 
@@ -146,6 +170,11 @@ class Samples:
             return None
         self.states[key] = target
         return key
+
+
+def evaluation_of(task_key: common_pb2.TaskKey) -> int:
+    """Number of the evaluation that a task key is of; 0 if it is trained on."""
+    return task_key.ordinal // EVALUATION_ORDINALS
 
 
 def name(task_key: common_pb2.TaskKey) -> str:

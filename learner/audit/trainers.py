@@ -16,6 +16,8 @@ class Trainers:
         """Steps behind the present trainer's weights."""
         self.num_versions = 0
         """Also the newest version."""
+        self.newest_step = 0
+        """Steps behind that version."""
         self.oldest_kept_step = 0
         """Steps behind the oldest checkpoint that is kept."""
         self.num_twice = 0
@@ -71,7 +73,8 @@ class Trainers:
         if event.step > self._batches.next_step:
             what = f"version {event.version} of step {event.step}, which was never assigned"
             self._violations.add(Rule.VERSION, what)
-        self.num_versions = max(self.num_versions, event.version)
+        if event.version > self.num_versions:
+            self.num_versions, self.newest_step = event.version, event.step
 
     def on_trajectory_stored(self, event: log_pb2.TrajectoryStored) -> None:
         """Tokens come from versions that were published."""

@@ -33,6 +33,8 @@ class Rule(enum.StrEnum):
     """Trainer epochs rise; a trainer starts between the oldest checkpoint and the last step."""
     VERSION = "version"
     """Policy versions are contiguous from 1 and used once."""
+    EVALUATION = "evaluation"
+    """Evaluations are contiguous from 1, of the newest version then, and played by no older one."""
     CHECKPOINT = "checkpoint"
     """Checkpoints have completed steps behind them, and learned from the log's batches."""
     INTAKE = "intake"
