@@ -182,9 +182,13 @@ async def test_the_split_chooses(tmp_path: Path, chat: ChatFormat, bundle: Path)
     assert keys(trained) == [(0, 0), (0, 1), (2, 0), (2, 1)]
     assert [line["step"] for line in trained] == [0, 0, 1, 1]
     everything = export(run, "--split", "all")
-    assert keys(everything) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert keys(everything) == [(0, 0), (0, 1), (1, 0), (1, 1), (2**32, 0), (2, 0), (2, 1)]
     ends = {(line["state"], line["reason"]) for line in everything}
-    assert ends == {("trained", ""), ("dropped", "uniform_group")}
+    assert ends == {("trained", ""), ("evaluated", ""), ("dropped", "uniform_group")}
+    (heldout,) = export(run, "--split", "evaluated")
+    assert heldout["evaluation"] == {"number": 1, "version": 2, "step": 1}
+    assert heldout["step"] is None
+    assert {line["evaluation"] for line in trained} == {None}
 
 
 async def test_trimmed_payloads_are_counted(

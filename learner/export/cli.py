@@ -19,9 +19,9 @@ def run_export(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--split",
-        choices=("trained", "all"),
+        choices=("trained", "evaluated", "all"),
         default="trained",
-        help="what was trained, or all that was stored; default: trained",
+        help="what was trained, held-out tasks, or all that was stored; default: trained",
     )
     arguments = parser.parse_args(argv)
 

@@ -1,25 +1,26 @@
 """The plain format: a trajectory as it was trained, and its text if there is a tokenizer."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from learner.export.replies import Reply, replies_of
 from learner.export.source import Episode
-from learner.export.tokenizer import Decode
+from learner.export.tokenizer import Decode, Decoders
 from understudy.trajectory import FloatArray, Segment, VersionSpan
 from understudy.v1 import trajectory_pb2
 
 Line = dict[str, Any]
 
 
-def plain_line(episode: Episode, decode: Decode | None) -> Line:
+def plain_line(episode: Episode, decoders: Decoders) -> Line:
     """An episode as one JSON object."""
     trajectory = episode.trajectory
     return {
         **facts(episode),
         "segments": [_segment(segment) for segment in trajectory.segments],
-        "turns": [_turn(reply, decode) for reply in replies_of(trajectory)],
+        "turns": [_turn(reply, decoders.of(reply.part)) for reply in replies_of(trajectory)],
     }
 
 
@@ -44,6 +45,7 @@ def facts(episode: Episode) -> Line:
         "state": episode.state,
         "reason": episode.reason,
         "step": episode.step,
+        "evaluation": asdict(episode.evaluation) if episode.evaluation else None,
         "stored_at": stored.isoformat(timespec="microseconds"),
         "temperature": trajectory.temperature,
         "duration_seconds": trajectory.duration_seconds,
@@ -66,6 +68,9 @@ def _segment(segment: Segment) -> Line:
         "loss_mask": segment.loss_mask.astype(int).tolist(),
         "logprobs": floats_of(segment.logprobs),
         "version_spans": spans_of(segment.version_spans),
+        **({"part": segment.part} if segment.part else {}),
+        **({"frozen": True} if segment.frozen else {}),
+        **({"caller": asdict(segment.caller)} if segment.caller else {}),
     }
 
 
@@ -73,6 +78,7 @@ def _turn(reply: Reply, decode: Decode | None) -> Line:
     turn = reply.turn
     text = {"prompt": decode(reply.fresh), "reply": decode(reply.token_ids)} if decode else {}
     return {
+        **({"part": reply.part} if reply.part else {}),
         "segment": turn.segment,
         "start": turn.start,
         "end": turn.end,

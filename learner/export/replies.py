@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from understudy.trajectory import FloatArray, IntArray, Segment, Trajectory, Turn, VersionSpan
+from understudy.trajectory import (
+    FloatArray,
+    IntArray,
+    PartCall,
+    Segment,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +22,16 @@ class Reply:
     tokens of reply."""
 
     turn: Turn
+    part: str
+    """The agent's part that replied; empty where it has none."""
+    frozen: bool
+    """The part does not learn."""
+    caller: PartCall | None
+    """Where the part was called; None of the part that begins."""
     prompt: IntArray
     """[P] all tokens of the segment before the reply."""
     fresh: IntArray
-    """[F] the last of them: what followed the reply before; all at the start of a segment."""
+    """[F] the last of them: what followed the segment's reply before; all at its start."""
     token_ids: IntArray
     """[R] what was sampled."""
     logprobs: FloatArray
@@ -28,23 +42,24 @@ class Reply:
 
 def replies_of(trajectory: Trajectory) -> Iterator[Reply]:
     """The replies of all turns, in order."""
-    segment_index, position = -1, 0
+    positions = dict.fromkeys(range(len(trajectory.segments)), 0)
     for turn in trajectory.turns:
-        if turn.segment != segment_index:
-            segment_index, position = turn.segment, 0
         segment = trajectory.segments[turn.segment]
         sampled = np.flatnonzero(segment.loss_mask)
         first = int(sampled[turn.start]) if turn.start < len(sampled) else len(segment.token_ids)
         end = first + turn.end - turn.start  # a reply is sampled in one piece
         yield Reply(
             turn=turn,
+            part=segment.part,
+            frozen=segment.frozen,
+            caller=segment.caller,
             prompt=segment.token_ids[:first],
-            fresh=segment.token_ids[position:first],
+            fresh=segment.token_ids[positions[turn.segment] : first],
             token_ids=segment.token_ids[first:end],
             logprobs=segment.logprobs[turn.start : turn.end],
             version_spans=_cut_spans(segment, turn),
         )
-        position = end
+        positions[turn.segment] = end
 
 
 def _cut_spans(segment: Segment, turn: Turn) -> tuple[VersionSpan, ...]:

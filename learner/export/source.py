@@ -7,10 +7,23 @@ from typing import Literal
 
 from learner.audit.audit import Audit
 from learner.audit.entries import Entries, Item
-from learner.audit.samples import DROPPED, STATES, TRAINED
+from learner.audit.samples import DROPPED, EVALUATED, STATES, TRAINED, evaluation_of
 from understudy.trajectory import Trajectory, TrajectoryError, check_digest, decode_payload
 
-Split = Literal["trained", "all"]
+Split = Literal["trained", "evaluated", "all"]
+_STATES = {"trained": (TRAINED,), "evaluated": (EVALUATED,), "all": range(len(STATES))}
+"""States of the samples of a split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an episode on a held-out task was played for."""
+
+    number: int
+    version: int
+    """Version that was evaluated."""
+    step: int
+    """Steps behind that version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +39,8 @@ class Episode:
     """Why the sample was dropped; empty unless it was."""
     step: int | None
     """Step of the batch that its group is in."""
+    evaluation: Evaluation | None
+    """Set where the task was held out."""
     time_us: int
     """When it was stored, in microseconds since 1970 UTC."""
     trajectory: Trajectory
@@ -36,7 +51,7 @@ class Source:
 
     Args:
         run: the run's folder.
-        split: those of trained samples, or all.
+        split: those of trained samples, of evaluated ones, or all.
 
     Raises:
         ConfigError: the folder has no log.
@@ -75,7 +90,7 @@ class Source:
         key = samples.find(item.entry.trajectory_stored.task_key)
         if key is None or self._seen[key]:
             return None
-        return key if self._split == "all" or samples.states[key] == TRAINED else None
+        return key if samples.states[key] in _STATES[self._split] else None
 
     def _read(self, item: Item, key: int) -> Episode | None:
         stored, samples = item.entry.trajectory_stored, self._audit.samples
@@ -94,6 +109,13 @@ class Source:
             state=STATES[state],
             reason=samples.reason_of(key) if state == DROPPED else "",
             step=samples.step_of(stored.task_key.ordinal),
+            evaluation=self._evaluation(evaluation_of(stored.task_key)),
             time_us=item.entry.time_us,
             trajectory=trajectory,
         )
+
+    def _evaluation(self, number: int) -> Evaluation | None:
+        issued = self._audit.evaluations.issued.get(number)
+        if issued is None:
+            return None
+        return Evaluation(number=number, version=issued.version, step=issued.step)

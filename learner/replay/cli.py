@@ -41,7 +41,8 @@ def _config_of(run: Path, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{run} is no run that can be replayed: config.json or log/ is missing")
     config = load_config(run / "config.json", overrides)
     name = config.run.model_copy(update={"directory": run, "name": "replay"})
-    return config.model_copy(update={"run": name})
+    network = config.network.model_copy(update={"weights": None})
+    return config.model_copy(update={"run": name, "network": network})
 
 
 def _train(config: Config, run: Path) -> int:

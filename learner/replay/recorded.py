@@ -12,7 +12,7 @@ from learner.log.reader import LogReader
 from learner.log.segments import Location
 from understudy.config import Config
 from understudy.errors import ConfigError
-from understudy.v1 import trajectory_pb2
+from understudy.v1 import trajectory_pb2, weight_pb2
 
 
 class RecordedBatches:
@@ -73,8 +73,8 @@ class RecordedBatches:
         self.epoch += 1
         return self.epoch
 
-    async def issue(self, step: int, epoch: int) -> int:
-        """A version for what the trainer publishes."""
+    async def issue(self, request: weight_pb2.IssueVersionRequest) -> int:
+        """A number for what the trainer publishes; nobody plays with it."""
         self._num_versions += 1
         return self._num_versions
 

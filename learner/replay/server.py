@@ -5,28 +5,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from learner.intake.batch_servicer import BatchServicer
-from learner.intake.bundle import Bundle
 from learner.intake.journal import Journal
-from learner.intake.publication import Version
-from learner.intake.weight_servicer import WeightServicer
-from learner.intake.weight_store import WeightStore
 from learner.log.reader import LogReader
 from learner.replay.recorded import RecordedBatches
+from learner.weights.opening import MAX_MESSAGE_BYTES, open_weights, weight_service
 from understudy import metrics
 from understudy.arguments import config_parser, load_from
 from understudy.config import Config
 from understudy.errors import UnderstudyError
 from understudy.process import prepare_process, run
 from understudy.rpc import RoleControl, RoleServer, Service
-from understudy.v1 import batch_pb2_grpc, weight_pb2_grpc
+from understudy.v1 import batch_pb2_grpc
 
 
 async def serve_replay(config: Config, log_folder: Path) -> int:
     """Serve a log's batches on config.learner.listen until drained. Returns the exit code."""
     journal = Journal(config.run.path)
     batches = RecordedBatches(config, LogReader(log_folder), journal)
-    weights = WeightStore(lambda: batches.epoch, batches.issue, _forget)
-    servicer = WeightServicer(weights, Bundle.read(config.model.path), journal, config.run.name)
+    weights = (await open_weights(config)).servicer(batches.issue)
     control = RoleControl("learner", lambda: _figures(batches))
     server = RoleServer(
         "learner",
@@ -36,21 +32,18 @@ async def serve_replay(config: Config, log_folder: Path) -> int:
             Service(
                 name="understudy.v1.BatchService",
                 add=batch_pb2_grpc.add_BatchServiceServicer_to_server,
-                servicer=BatchServicer(batches),
+                servicer=BatchServicer(batches, control.draining),
             ),
-            Service(
-                name="understudy.v1.WeightService",
-                add=weight_pb2_grpc.add_WeightServiceServicer_to_server,
-                servicer=servicer,
-            ),
+            weight_service(weights),
         ],
         control,
+        MAX_MESSAGE_BYTES,
     )
     metrics.start_exporter(config.learner.metrics_listen, "learner")
     await server.bind()
     await server.set_serving()
     await control.draining.wait()
-    await weights.close()
+    await weights.store.close()
     await server.stop(1.0)
     journal.close()
     return 0
@@ -58,10 +51,6 @@ async def serve_replay(config: Config, log_folder: Path) -> int:
 
 def _figures(batches: RecordedBatches) -> Mapping[str, float]:
     return {"batches": len(batches.state.batches)}
-
-
-def _forget(version: Version, seconds: float) -> None:
-    """Nobody plays with what a replay publishes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
