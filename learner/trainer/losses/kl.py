@@ -1,7 +1,8 @@
 """The price of leaving the reference policy, on tokens."""
 
-import torch
 from torch import Tensor
+
+from learner.trainer.losses.ratios import ratio_of
 
 
 def reverse_kl(*, logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def reverse_kl(*, logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor)
     Args:
         logprobs: [N] log pi, with gradient.
         reference_logprobs: [N] log pi_ref, of the policy that the run began with.
-        weights: [N] capped pi_old / mu, without gradient.
+        weights: [N] of a correction, without gradient.
     """
     return weights * (logprobs - reference_logprobs).square() / 2
 
@@ -24,6 +25,6 @@ def reverse_kl(*, logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor)
 def kl_values(log_ratio: Tensor) -> Tensor:
     """Estimate [N], never below 0, of KL(pi || pi_other) from log pi_other - log pi (k3).
 
-    Source: http://joschu.net/blog/kl-approx.html.
+    The exponential is bounded as in ratios.py. Source: http://joschu.net/blog/kl-approx.html.
     """
-    return torch.exp(log_ratio) - 1 - log_ratio
+    return ratio_of(log_ratio) - 1 - log_ratio

@@ -1,0 +1,1 @@
+"""Corrections: weights of tokens that another policy sampled, without gradient."""

@@ -1,0 +1,1 @@
+"""Objectives: losses of tokens, with gradient through the log-probabilities alone."""
