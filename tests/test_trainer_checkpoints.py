@@ -39,13 +39,18 @@ from learner.trainer.model import load_policy
 from learner.trainer.optimizer import Optimizer
 from learner.trainer.ranks import Ranks, joined
 from learner.trainer.report import Clock
-from learner.trainer.update import Updater
 from understudy import failpoints
-from understudy.config import Config
 from understudy.errors import ConfigError
 from understudy.v1 import batch_pb2
 
-from trainer_helpers import run_python, samples, tiny_bundle, torchrun  # isort: skip
+from trainer_helpers import (  # isort: skip
+    config_of,
+    episodes,
+    run_python,
+    tiny_bundle,
+    torchrun,
+    updater_of,
+)
 
 SAVED_STEP, LAST_STEP, SAMPLES_A_STEP = 2, 5, 6
 FAILPOINTS = {
@@ -61,25 +66,25 @@ class Training:
 
     def __init__(self, bundle: Path, ranks: Ranks, dtype: str = "float32", **train: Any) -> None:
         train = {"tokens_per_microbatch": 128, "learning_rate": 1e-3, **train}
-        raw = {"model": {"path": bundle, "dtype": dtype}, "learner": {"train": train}}
-        config = Config.model_validate(raw)
+        config = config_of(bundle, dtype, train=train, algorithm={"name": "vtrace"})
         self.ranks = ranks
-        self.policy = load_policy(bundle, config.model.dtype, "sdpa", ranks)
+        self.policy = load_policy(config, ranks, critic=True)
         self.optimizer = Optimizer(list(self.policy.parameters()), config.learner.train)
-        self.updater = Updater(self.policy, self.optimizer, None, config, ranks)
-        self.samples = samples(
+        self.updater = updater_of(self.policy, self.optimizer, config, ranks)
+        self.episodes = episodes(
             LAST_STEP * SAMPLES_A_STEP, self.policy.language_model.config.vocab_size
         )
 
     def update(self, step: int) -> None:
-        made = self.samples[step * SAMPLES_A_STEP : (step + 1) * SAMPLES_A_STEP]
-        header = batch_pb2.BatchHeader(num_sampled_tokens=sum(s.num_targets for s in made))
+        made = self.episodes[step * SAMPLES_A_STEP : (step + 1) * SAMPLES_A_STEP]
+        header = batch_pb2.BatchHeader(num_sampled_tokens=sum(e.num_sampled for e in made))
         share = made[self.ranks.rank :: self.ranks.world_size]
-        self.updater.update(share, header, 1, Clock())
+        self.updater.update(share, header, Clock())
 
     def state(self) -> TrainerState:
         return TrainerState(
             num_updates=self.updater.num_updates,
+            num_failures=self.updater.num_failures,
             last_version=7,
             trainer_epoch=3,
             run="test",
@@ -98,7 +103,7 @@ class Training:
     def whole(self) -> dict[str, np.ndarray]:
         """Weights and optimizer state, gathered."""
         found = {}
-        for name, parameter in self.policy.checkpoint_parameters():
+        for name, parameter in self.policy.trained_parameters():
             for kind, value in {"weight": parameter, **self.optimizer.moments(parameter)}.items():
                 tensor = value.detach()
                 tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
@@ -241,6 +246,7 @@ def test_another_number_of_ranks_loads_the_same(
     runs: dict[str, Any], here: str, there: str
 ) -> None:
     assert_equal(runs[there]["saved"], runs[here]["elsewhere"])
+    assert {"weight/value_head.weight", "exp_avg/value_head.bias"} <= set(runs[there]["saved"])
 
 
 @pytest.mark.parametrize("num", [1, 2])

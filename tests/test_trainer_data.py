@@ -1,20 +1,15 @@
-"""From conversations and batches to padded micro-batches."""
+"""From conversations to token sequences."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from learner.trainer.conversations import encode, read_conversations
-from learner.trainer.microbatches import TokenSequence, cut, microbatches, pad
 from understudy.chat import ChatFormat
 from understudy.errors import ConfigError
 
-CPU = torch.device("cpu")
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How old is Mara?"},
@@ -27,13 +22,6 @@ MESSAGES = [
     {"role": "assistant", "content": "42"},
 ]
 TOOLS = [{"name": "lookup", "description": "", "parameters": {"properties": {"entity": {}}}}]
-
-
-def sequences(lengths: list[int]) -> list[TokenSequence]:
-    return [
-        TokenSequence(token_ids=np.arange(1, n + 1, dtype="i4"), loss_mask=np.arange(n) % 3 == 2)
-        for n in lengths
-    ]
 
 
 def test_loss_falls_on_replies_and_their_ends_only(chat: ChatFormat) -> None:
@@ -74,31 +62,3 @@ def test_a_bad_line_is_named(tmp_path: Path, chat: ChatFormat) -> None:
     file.write_text(json.dumps({"messages": MESSAGES}) + "\n{}\n")
     with pytest.raises(ConfigError, match=r"demos.jsonl:2"):
         read_conversations(file, chat)
-
-
-@given(
-    lengths=st.lists(st.integers(2, 90), max_size=40),
-    max_tokens=st.integers(1, 400),
-    num=st.integers(0, 12),
-)
-def test_microbatches_hold_each_sequence_once_within_the_limit(
-    lengths: list[int], max_tokens: int, num: int
-) -> None:
-    made = list(microbatches(sequences(lengths), max_tokens, num, CPU))
-    held = [len(s.token_ids) for micro in made for s in micro.sequences]
-    assert sorted(held) == sorted(lengths)
-    assert len(made) >= num
-    for micro in made:
-        assert micro.num_padded_tokens <= max_tokens or len(micro.sequences) <= 1
-
-
-def test_targets_are_the_counted_tokens_at_the_positions_before_them() -> None:
-    micro = pad(sequences([7, 4]), CPU)
-    assert micro.tokens_BT.tolist() == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]]
-    assert micro.positions_N.tolist() == [1, 4, 7 + 1]
-    assert micro.targets_N.tolist() == [3, 6, 3]
-
-
-def test_like_lengths_go_together() -> None:
-    pieces = cut(sequences([10, 90, 11, 88, 12, 89]), 300)
-    assert [[len(s.token_ids) for s in piece] for piece in pieces] == [[90, 89, 88], [12, 11, 10]]

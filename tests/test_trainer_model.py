@@ -11,17 +11,25 @@ from transformers import AutoModelForCausalLM
 
 from learner.trainer import logprobs as logprobs_module
 from learner.trainer.logprobs import chosen_logprobs
-from learner.trainer.microbatches import pad
-from learner.trainer.model import Policy, frozen_logprobs, load_policy, load_reference
-from learner.trainer.optimizer import Optimizer, cosine, warmed_up
+from learner.trainer.model import Policy, frozen_output
+from learner.trainer.optimizer import NonFiniteGradientError, Optimizer, cosine, warmed_up
+from learner.trainer.packing import pack
 from learner.trainer.ranks import Ranks, joined
 from learner.trainer.report import Clock
-from learner.trainer.update import Updater
-from understudy.config import Config, TrainConfig
-from understudy.errors import ConfigError, UnderstudyError
+from understudy.config import TrainConfig
+from understudy.errors import ConfigError
 from understudy.v1 import batch_pb2
 
-from trainer_helpers import samples, tiny_bundle  # isort: skip
+from trainer_helpers import (  # isort: skip
+    config_of,
+    episodes,
+    load,
+    samples,
+    tiny_bundle,
+    updater_of,
+)
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +45,13 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture
 def policy(folder: Path, ranks: Ranks) -> Policy:
-    return load_policy(folder, "float32", "sdpa", ranks)
+    return load(folder, ranks)
 
 
 def test_logprobs_equal_those_of_each_sequence_by_itself(policy: Policy, folder: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     made = samples(5, plain.config.vocab_size)
-    found = frozen_logprobs(policy, pad(made, torch.device("cpu")), temperature=0.7)
+    found = frozen_output(policy, pack(made, CPU), temperature=0.7).logprobs_N
     expected = []
     for sample in made:
         tokens = torch.tensor(sample.token_ids, dtype=torch.long)
@@ -62,78 +70,83 @@ def test_chunks_give_the_gradient_of_the_whole(monkeypatch: pytest.MonkeyPatch) 
     for chunk in (4096, 16):
         monkeypatch.setattr(logprobs_module, "CHUNK", chunk)
         inputs = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        chosen_logprobs(*inputs, targets, 1.3).square().sum().backward()
+        logprobs, entropies = chosen_logprobs(*inputs, targets, 1.3, with_entropy=True)
+        (logprobs.square() + entropies).sum().backward()
         gradients.append([x.grad for x in inputs])
     for whole, pieces in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, pieces)
 
 
 def test_a_step_that_follows_a_frozen_pass_is_seen_by_the_next(policy: Policy) -> None:
-    micro = pad(samples(4, policy.language_model.config.vocab_size), torch.device("cpu"))
+    packed = pack(samples(4, policy.language_model.config.vocab_size), CPU)
     optimizer = Optimizer(list(policy.parameters()), TrainConfig())
-    before = frozen_logprobs(policy, micro)
-    (-policy(micro).mean()).backward()
+    before = frozen_output(policy, packed).logprobs_N
+    (-policy(packed).logprobs_N.mean()).backward()
     optimizer.step(1e-3)
-    after = frozen_logprobs(policy, micro)
+    after = frozen_output(policy, packed).logprobs_N
     assert after.mean() > before.mean() + 0.01
 
 
 def test_a_batch_in_several_updates_clips_the_later_ones(policy: Policy, ranks: Ranks) -> None:
     train = {"updates_per_batch": 3, "learning_rate": 1e-2, "warmup_steps": 0}
-    config = Config.model_validate({"model": {"path": "unused"}, "learner": {"train": train}})
-    made = samples(12, policy.language_model.config.vocab_size)
-    header = batch_pb2.BatchHeader(num_sampled_tokens=sum(s.num_targets for s in made))
+    config = config_of(Path("unused"), train=train)
+    made = episodes(12, policy.language_model.config.vocab_size)
+    header = batch_pb2.BatchHeader(num_sampled_tokens=sum(e.num_sampled for e in made))
     optimizer = Optimizer(list(policy.parameters()), config.learner.train)
-    figures = Updater(policy, optimizer, None, config, ranks).update(made, header, 1, Clock())
+    figures = updater_of(policy, optimizer, config, ranks).update(made, header, Clock())
     assert figures["trained_tokens"] == header.num_sampled_tokens
     assert figures["clip_share"] > 0
 
 
 def test_the_kl_term_pulls_back_to_the_reference(folder: Path, ranks: Ranks) -> None:
     """Without advantages the term is all that acts: the distance from the reference shrinks."""
-    train = {"kl_coefficient": 1.0, "learning_rate": 1e-3, "warmup_steps": 0}
-    raw = {"model": {"path": str(folder), "dtype": "float32"}, "learner": {"train": train}}
-    config = Config.model_validate(raw)
-    policy = load_policy(folder, "float32", "sdpa", ranks)
+    train = {"learning_rate": 1e-3, "warmup_steps": 0}
+    config = config_of(folder, train=train, algorithm={"kl_coefficient": 1.0})
+    policy = load(folder, ranks)
     made = [
-        replace(sample, advantage=0.0)
-        for sample in samples(12, policy.language_model.config.vocab_size)
+        replace(episode, advantage=0.0)
+        for episode in episodes(12, policy.language_model.config.vocab_size)
     ]
-    header = batch_pb2.BatchHeader(num_sampled_tokens=sum(s.num_targets for s in made))
+    header = batch_pb2.BatchHeader(num_sampled_tokens=sum(e.num_sampled for e in made))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.to_local().add_(torch.randn_like(parameter.to_local()), alpha=0.02)
-    current = frozen_logprobs(policy, pad(made, torch.device("cpu"))).numpy()
-    ends = np.cumsum([sample.num_targets for sample in made])[:-1]
+    packed = pack([sample for episode in made for sample in episode.samples], CPU)
+    current = frozen_output(policy, packed).logprobs_N.numpy()
+    ends = np.cumsum([episode.num_sampled for episode in made])[:-1]
     made = [
-        replace(sample, behaviour_logprobs=logprobs)
-        for sample, logprobs in zip(made, np.split(current, ends), strict=True)
+        replace(e, samples=(replace(e.samples[0], behaviour_logprobs=logprobs),))
+        for e, logprobs in zip(made, np.split(current, ends), strict=True)
     ]
     optimizer = Optimizer(list(policy.parameters()), config.learner.train)
-    updater = Updater(policy, optimizer, load_reference(config, ranks), config, ranks)
-    distances = [updater.update(made, header, 1, Clock())["kl_reference"] for _ in range(20)]
+    updater = updater_of(policy, optimizer, config, ranks)
+    distances = [updater.update(made, header, Clock())["kl_reference"] for _ in range(20)]
     assert distances[0] > 0.01
     assert distances[-1] < 0.5 * distances[0]
 
 
 def test_a_batch_of_uniform_groups_changes_nothing(policy: Policy, ranks: Ranks) -> None:
-    config = Config.model_validate({"model": {"path": "unused"}})
+    config = config_of(Path("unused"))
     optimizer = Optimizer(list(policy.parameters()), config.learner.train)
     before = [p.detach().to_local().clone() for p in policy.parameters()]
-    updater = Updater(policy, optimizer, None, config, ranks)
-    figures = updater.update([], batch_pb2.BatchHeader(), 1, Clock())
+    updater = updater_of(policy, optimizer, config, ranks)
+    figures = updater.update([], batch_pb2.BatchHeader(), Clock())
     assert figures["trained_tokens"] == 0
     for old, parameter in zip(before, policy.parameters(), strict=True):
         assert torch.equal(old, parameter.detach().to_local())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(policy: Policy) -> None:
-    micro = pad(samples(2, policy.language_model.config.vocab_size), torch.device("cpu"))
+def test_a_gradient_that_is_not_finite_changes_nothing(policy: Policy) -> None:
+    packed = pack(samples(2, policy.language_model.config.vocab_size), CPU)
     optimizer = Optimizer(list(policy.parameters()), TrainConfig())
-    (policy(micro).sum() * float("nan")).backward()
-    with pytest.raises(UnderstudyError, match="gradient norm is nan"):
+    before = [p.detach().to_local().clone() for p in policy.parameters()]
+    (policy(packed).logprobs_N.sum() * float("nan")).backward()
+    with pytest.raises(NonFiniteGradientError, match="gradient norm is nan"):
         optimizer.step(1e-3)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    for old, parameter in zip(before, policy.parameters(), strict=True):
+        assert torch.equal(old, parameter.detach().to_local())
 
 
 def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, ranks: Ranks) -> None:
@@ -141,7 +154,7 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, ranks: Ranks) -
         '{"model_type": "qwen3", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}'
     )
     with pytest.raises(ConfigError, match="auto_map"):
-        load_policy(tmp_path, "float32", "sdpa", ranks)
+        load(tmp_path, ranks)
 
 
 def test_rates_rise_hold_and_fall() -> None:

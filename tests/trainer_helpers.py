@@ -4,12 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from envserver.suites.practice.demonstrate import demonstrations
-from learner.trainer.experience import Sample
+from learner.trainer.algorithm import Algorithm
+from learner.trainer.experience import Episode, Sample
+from learner.trainer.model import Policy, load_policy, load_reference
+from learner.trainer.optimizer import Optimizer
+from learner.trainer.ranks import Ranks
 from learner.trainer.scratch import make_bundle
+from learner.trainer.update import Updater
+from understudy.config import Config
 
 ROOT = Path(__file__).parents[1]
 NUM_DEMONSTRATIONS = 64
@@ -21,7 +28,7 @@ def tiny_bundle(folder: Path) -> Path:
     return folder
 
 
-def samples(num: int, vocab_size: int, version: int = 1) -> list[Sample]:
+def samples(num: int, vocab_size: int, staleness: int = 0) -> list[Sample]:
     """Sequences of different lengths in which two runs of tokens were sampled."""
     rng = np.random.default_rng(11)
     made = []
@@ -34,11 +41,49 @@ def samples(num: int, vocab_size: int, version: int = 1) -> list[Sample]:
                 token_ids=rng.integers(vocab_size, size=length, dtype="i4"),
                 loss_mask=mask,
                 behaviour_logprobs=-rng.exponential(6.0, int(mask.sum())).astype("f4"),
-                versions=np.full(int(mask.sum()), version),
-                advantage=float(rng.normal()),
+                staleness=np.full(int(mask.sum()), staleness),
             )
         )
     return made
+
+
+def episodes(num: int, vocab_size: int, staleness: int = 0) -> list[Episode]:
+    """Episodes of two turns in one segment, the second one rewarded."""
+    rng = np.random.default_rng(12)
+    return [
+        Episode(
+            samples=(sample,),
+            advantage=float(rng.normal()),
+            token_turns=(np.arange(sample.num_targets) >= 3).astype("i4"),
+            turn_rewards=np.array([0, rng.integers(2)], "f4"),
+            truncated=bool(rng.integers(2)),
+        )
+        for sample in samples(num, vocab_size, staleness)
+    ]
+
+
+def config_of(bundle: Path, dtype: str = "float32", **learner: Any) -> Config:
+    """A run's config with sections of [learner]."""
+    raw = {"model": {"path": bundle, "dtype": dtype}, "learner": learner}
+    return Config.model_validate(raw)
+
+
+def load(bundle: Path, ranks: Ranks, dtype: str = "float32") -> Policy:
+    """The policy of a bundle."""
+    return load_policy(config_of(bundle, dtype), ranks)
+
+
+def updater_of(policy: Policy, optimizer: Optimizer, config: Config, ranks: Ranks) -> Updater:
+    """An updater as a run makes it."""
+    return Updater(
+        policy,
+        optimizer,
+        load_reference(config, policy, ranks),
+        Algorithm(config.learner.algorithm),
+        config,
+        ranks,
+        config.learner.train.tokens_per_microbatch,
+    )
 
 
 def torchrun(num_ranks: int, *arguments: str) -> str:
@@ -49,13 +94,13 @@ def torchrun(num_ranks: int, *arguments: str) -> str:
     return done.stdout
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on one thread, from the repository's root."""
+def run_python(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run Python on one thread, from the repository's root, for so many seconds at most."""
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )

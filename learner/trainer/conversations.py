@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.trainer.microbatches import TokenSequence
+from learner.trainer.packing import TokenSequence
 from understudy.chat import ChatFormat
 from understudy.errors import ConfigError
 

@@ -20,16 +20,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShare:
-    """One rank's share of a step's batch."""
+    """One data rank's share of a step's batch."""
 
     header: batch_pb2.BatchHeader
     """The whole batch in numbers."""
     trajectories: tuple[batch_pb2.BatchTrajectory, ...]
-    """The rank's own trajectories; may be empty."""
+    """Its own trajectories; may be empty."""
 
 
 class _NoWeightsError(Exception):
-    """The weight store is empty: the intake has started anew."""
+    """The weight store is empty: it has started anew."""
 
 
 class IntakeClient:
@@ -65,24 +65,27 @@ class IntakeClient:
         self.epoch = int(self._ranks.max([self.epoch])[0])
         return self.epoch
 
-    def next_batch(self, step: int, publish: Callable[[], object]) -> BatchShare:
+    def next_batch(
+        self, step: int, *, publish_again: Callable[[], None], check: Callable[[], None]
+    ) -> BatchShare:
         """Wait for the step's batch, as long as it takes, and return this rank's share.
 
         Args:
             step: the next one.
-            publish: publishes the present weights; called on all ranks together if the intake has
-                lost its copy by a restart, since without weights nobody plays.
+            publish_again: publishes the present weights whole; called on all ranks together if the
+                weight store has lost them, since without weights nobody plays.
+            check: raises if what the batch depends on has failed; called at each attempt.
         """
         share = None
         while True:
             if share is None:
-                share = self._ask_patiently(step)
+                share = self._ask_patiently(step, check)
             [lost] = self._ranks.max([share is None])
             if not lost:
                 assert share is not None
                 return share
-            _log.warning("the intake has started anew; publishing the weights again")
-            publish()
+            _log.warning("the weight store is empty; publishing the weights again")
+            publish_again()
 
     def complete_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Say that a step was taken."""
@@ -96,9 +99,10 @@ class IntakeClient:
         )
         patiently(lambda: self._stub.RecordCheckpoint(request, timeout=CALL_SECONDS), self._network)
 
-    def _ask_patiently(self, step: int) -> BatchShare | None:
-        """This rank's share; None if the intake has no weights."""
+    def _ask_patiently(self, step: int, check: Callable[[], None]) -> BatchShare | None:
+        """This rank's share; None if the weight store has no weights."""
         while True:
+            check()
             try:
                 share = patiently(lambda: self._ask(step), self._network)
             except _NoWeightsError:
@@ -110,8 +114,8 @@ class IntakeClient:
         """One call; None if there was no batch before its deadline."""
         request = batch_pb2.NextBatchRequest(
             step=step,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
+            rank=self._ranks.data_rank,  # all ranks of a tensor group get the same share
+            world_size=self._ranks.data_size,
             epoch=self.epoch,
         )
         try:

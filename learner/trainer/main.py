@@ -54,7 +54,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
 
     torch.manual_seed(config.run.seed)
-    with joined() as ranks:
+    with joined(config.learner.train.tensor_parallel) as ranks:
         if args.stage == "supervised":
             from learner.trainer.supervised import train_supervised
 

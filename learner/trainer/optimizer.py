@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -11,16 +13,29 @@ from understudy.config import TrainConfig
 from understudy.errors import UnderstudyError
 
 
+class NonFiniteGradientError(UnderstudyError):
+    """A gradient that nothing can be learned from."""
+
+
 class Optimizer:
-    """Clips, steps and clears. Every rank calls it at the same time."""
+    """Clips, steps and clears. Every rank calls it at the same time.
+
+    Args:
+        parameters: those that do not learn are left out.
+        config: rates and limits.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainConfig) -> None:
-        self._parameters = list(parameters)
+        self._parameters = [each for each in parameters if each.requires_grad]
         self._max_grad_norm = config.max_grad_norm
         self.betas = config.betas
         self.weight_decay = config.weight_decay
+        # Torch's operations on lists take no tensors of different meshes.
+        self._groups = _by_mesh(self._parameters)
+        self._device = cast("DTensor", self._parameters[0]).device_mesh.device_type
+        """Where collectives are, which parameters need not be."""
         self._adamw = torch.optim.AdamW(
-            self._parameters,
+            [{"params": group} for group in self._groups],
             lr=0.0,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -31,17 +46,33 @@ class Optimizer:
         """Take a step and return the gradient's norm before clipping.
 
         Raises:
-            UnderstudyError: when the gradient is not finite; nothing was changed.
+            NonFiniteGradientError: nothing was changed, and the gradient is cleared.
         """
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        value = self._clip()
         if not math.isfinite(value):
-            raise UnderstudyError(f"gradient norm is {value}; lower the learning rate")
+            self.clear()
+            raise NonFiniteGradientError(f"gradient norm is {value}; lower the learning rate")
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        self._adamw.zero_grad()
+        self.clear()
         return value
+
+    def _clip(self) -> float:
+        """Clip the gradient to its norm over all parameters and ranks; returns what that was."""
+        shards = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
+        # Each element of the model is on one rank alone, so that squares add up; one sum over all
+        # ranks, so that all of them get the same bits and clip alike.
+        total = nn.utils.get_total_norm(shards).square().to(self._device)
+        dist.all_reduce(total)
+        total = total.sqrt()
+        for group in self._groups:
+            nn.utils.clip_grads_with_norm_(group, self._max_grad_norm, total)
+        return float(total)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self._adamw.zero_grad()
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's state of a parameter; before the first step, what that would begin with.
@@ -56,6 +87,14 @@ class Optimizer:
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
         return state
+
+
+def _by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        assert isinstance(parameter, DTensor)
+        groups.setdefault(parameter.device_mesh, []).append(parameter)
+    return list(groups.values())
 
 
 def warmed_up(step: int, peak: float, warmup_steps: int) -> float:

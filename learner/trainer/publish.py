@@ -1,167 +1,169 @@
-"""Publishes the policy's weights: each rank sends the slices of its own shard, without a gather.
+"""Publishes the policy's weights beside the training loop.
 
-The store commits a version when all parts are there. If any rank's call ends without a commit, all
-ranks send their parts again: a part that is missing would leave the others waiting.
+    main thread   shard --cast copy--> spare copy                        shard --> spare copy ...
+    own thread                           |  diff against the committed copy, encode, digest, send
+                                         +--> store answers: the two copies change places
+
+Each rank publishes its own shard, without a gather, and tries again by itself. Without tensor
+parallelism there is no collective in it; with it, shards.py tells of the one there is, on the main
+thread. The committed copy is what the store has confirmed, and nothing else: only then is the next
+delta right, whatever was lost on the way. A process's first publication sends all values.
+
+Where adapters learn, only they are in those copies. The model, which stays as it is, is copied and
+digested once, sent with the first publication, and announced as unchanged in all others.
 """
 
-import hashlib
-import logging
-import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import grpc
-import numpy as np
-import torch
-from torch import Tensor
-
-from learner.trainer.calls import RETRY_SECONDS, refused
-from learner.trainer.microbatches import TokenSequence, pad
-from learner.trainer.model import Policy, frozen_logprobs
+from learner.trainer.model import Policy
+from learner.trainer.packing import TokenSequence
+from learner.trainer.part import FrozenSlices
+from learner.trainer.probe import Probe
 from learner.trainer.ranks import Ranks
-from learner.trainer.shards import ShardSlice, shard_slices
+from learner.trainer.sender import PartSender
+from learner.trainer.shards import shard_slices
+from learner.trainer.snapshot import HostCopy
 from understudy.config import Config
-from understudy.errors import PeerUnreachableError
-from understudy.rpc import error_reason
-from understudy.trajectory import IntArray
-from understudy.v1 import weight_pb2, weight_pb2_grpc
+from understudy.v1 import weight_pb2
 
-CHUNK_BYTES = 2**20
-PUBLISH_SECONDS = 600.0
-"""Deadline of one publication; a store that lacks a part discards it then."""
-PROBE_TOKENS, MAX_PROBE_TOKENS = 64, 512
-"""Length of the random probe before there is any experience, and limit of a real one."""
+if TYPE_CHECKING:
+    from learner.trainer.direct import DirectPublisher
 
-_DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
-_TRANSIENT = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-)
-_log = logging.getLogger(__name__)
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A publication that the store has not confirmed."""
+
+    header: weight_pb2.PartHeader
+    copy: HostCopy
+    """What is published."""
+    version: Future[int]
 
 
 class Publisher:
-    """Sends one policy's weights to the store, version after version."""
+    """Publishes one policy's weights, version after version. Used on the main thread.
 
-    def __init__(
-        self, policy: Policy, channel: grpc.Channel, epoch: int, config: Config, ranks: Ranks
-    ) -> None:
+    Host memory: two copies of what learns of the shard in the served dtype, what changed between
+    them, and one copy of what does not learn.
+
+    Args:
+        policy: what is published.
+        epoch: of this trainer.
+        config: the run's.
+        ranks: all trainer ranks.
+
+    Raises:
+        ConfigError: the model has a buffer that cannot be published.
+    """
+
+    def __init__(self, policy: Policy, epoch: int, config: Config, ranks: Ranks) -> None:
         self._policy = policy
-        self._stub = weight_pb2_grpc.WeightServiceStub(channel)
         self._epoch = epoch
         self._run_id = config.run.name
-        self._patience = config.network.connect_timeout_seconds
-        self._dtype_name, self._dtype = _DTYPES[config.model.dtype]
         self._ranks = ranks
-        vocab_size = policy.language_model.config.vocab_size
-        generator = np.random.default_rng(config.run.seed)
-        # A replica reads the probe as a prompt, which has to be shorter than its context.
-        self._max_probe = min(MAX_PROBE_TOKENS, config.inference.max_model_len - 1)
-        num_tokens = min(PROBE_TOKENS, self._max_probe)
-        self._probe_tokens: IntArray = generator.integers(vocab_size, size=num_tokens, dtype="i4")
-        self._probe_is_real = False
-        self.version = 0
-        """Policy version of what was published last."""
+        self._probe = Probe(policy.language_model.config.vocab_size, config)
+        dtype, device = _DTYPES[config.model.dtype], ranks.device
+        # Without the values, some of which are copies: the copies' sizes are all that is needed.
+        slices = [replace(s, values=s.values.to("meta")) for s in shard_slices(policy, ranks)]
+        self._committed, self._spare = (HostCopy(slices, dtype, device) for _ in range(2))
+        frozen = list(shard_slices(policy, ranks, frozen=True))
+        frozen_copy = HostCopy(frozen, dtype, device)
+        frozen_copy.fill(frozen)
+        self._sender = PartSender(config.network, FrozenSlices(frozen_copy))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._flight: _Flight | None = None
+        self._header = weight_pb2.PartHeader()
+        """Of the version that was committed last."""
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Newest version that is known to be committed; 0 before the first."""
+        self.check()
+        return self._version
 
     def probe_with(self, samples: Sequence[TokenSequence]) -> None:
         """Take the first sequence that was really played as the probe from now on."""
-        if samples and not self._probe_is_real:
-            self._probe_tokens = samples[0].token_ids[: self._max_probe]
-            self._probe_is_real = True
+        self._probe.use(samples)
 
-    def publish(self, step: int) -> None:
-        """Publish the weights after `step` optimizer steps; `version` is theirs then.
+    def submit(self, step: int) -> None:
+        """Begin to publish the weights after `step` optimizer steps; they may change at once.
+
+        Waits for the publication before: versions never overtake each other. The probe's forward
+        pass is the health check of whoever serves the weights and no part of publishing: it is the
+        one thing here in which ranks take part together.
 
         Raises:
-            PeerUnreachableError: when the store went away and stayed away.
-            UnderstudyError: when it refuses.
+            PeerUnreachableError, UnderstudyError: as flush, of the publication before.
         """
-        slices = [
-            (item, _to_bytes(item.values, self._dtype))
-            for item in shard_slices(self._policy, self._ranks)
-        ]
-        header = self._header(step, slices)
-        give_up = math.inf
-        while True:
-            version = self._send(header, [values for _, values in slices])
-            [failed] = self._ranks.max([float(version == 0)])
-            if not failed:
-                self.version = version
-                return
-            give_up = min(give_up, time.monotonic() + self._patience)
-            # The clock of one rank must not leave another in the collective: all ask alike.
-            [late] = self._ranks.max([float(time.monotonic() >= give_up)])
-            if late:
-                raise PeerUnreachableError(f"step {step} was not published within the patience")
-            time.sleep(RETRY_SECONDS)
-
-    def _header(
-        self, step: int, slices: Sequence[tuple[ShardSlice, memoryview]]
-    ) -> weight_pb2.PartHeader:
+        probe = self._probe.take(self._policy, self._ranks)
+        self.flush()
+        self._spare.fill(shard_slices(self._policy, self._ranks))
         header = weight_pb2.PartHeader(
             run_id=self._run_id,
             epoch=self._epoch,
             step=step,
             part_index=self._ranks.rank,
             num_parts=self._ranks.world_size,
-            slices=[
-                weight_pb2.TensorSlice(
-                    name=item.name,
-                    dtype=self._dtype_name,
-                    shape=item.shape,
-                    start=item.start,
-                    num_elements=item.values.numel(),
-                    encoding=weight_pb2.TENSOR_ENCODING_DENSE,
-                    num_bytes=len(values),
-                    digest=hashlib.sha256(values).digest(),
-                )
-                for item, values in slices
-            ],
+            probe=probe if self._ranks.rank == 0 else None,
         )
-        logprobs = self._probe_logprobs()  # every rank takes part, the first one sends
-        if self._ranks.rank == 0:
-            header.probe.token_ids = self._probe_tokens.astype("<i4").tobytes()
-            header.probe.logprobs = logprobs.cpu().numpy().astype("<f4").tobytes()
-        return header
+        self._begin(header, self._spare, self._version)
 
-    def _probe_logprobs(self) -> Tensor:
-        sequence = TokenSequence(
-            token_ids=self._probe_tokens, loss_mask=np.arange(len(self._probe_tokens)) > 0
+    def publish_again(self) -> None:
+        """Publish once more, whole, what was submitted last, and wait until it is committed.
+
+        For a store that has lost what it had. Every rank calls it.
+
+        Raises:
+            PeerUnreachableError, UnderstudyError: as flush.
+        """
+        self.flush()
+        self._begin(self._header, self._committed, 0)
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until what was submitted is committed.
+
+        Raises:
+            PeerUnreachableError: when the store went away and stayed away.
+            UnderstudyError: when it refuses.
+        """
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        self._version = flight.version.result()
+        self._header = flight.header
+        if flight.copy is self._spare:
+            self._committed, self._spare = self._spare, self._committed
+
+    def check(self) -> None:
+        """Take note of an answer that is there, without waiting for one. Raises as flush."""
+        if self._flight is not None and self._flight.version.done():
+            self.flush()
+
+    def close(self) -> None:
+        """Give up what is not committed."""
+        self._sender.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _begin(self, header: weight_pb2.PartHeader, copy: HostCopy, base_version: int) -> None:
+        version = self._thread.submit(
+            self._sender.deliver, header, copy, self._committed, base_version
         )
-        return frozen_logprobs(self._policy, pad([sequence], self._ranks.device))
-
-    def _send(self, header: weight_pb2.PartHeader, payload: Sequence[memoryview]) -> int:
-        """One attempt; the version, or 0 if it is worth another one."""
-        try:
-            response = self._stub.PublishWeights(
-                _messages(header, payload), timeout=PUBLISH_SECONDS
-            )
-        except grpc.RpcError as error:
-            # PART_CONFLICT: the store has not noticed yet that the last attempt broke.
-            if error.code() not in _TRANSIENT and error_reason(error) != "PART_CONFLICT":
-                raise refused(error) from None
-            _log.warning("step %d is not published yet: %s", header.step, error.details())
-            return 0
-        return int(response.version)
+        self._flight = _Flight(header=header, copy=copy, version=version)
 
 
-def _to_bytes(values: Tensor, dtype: torch.dtype) -> memoryview:
-    return values.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
+def make_publisher(
+    policy: Policy, epoch: int, config: Config, ranks: Ranks
+) -> "Publisher | DirectPublisher":
+    """The publisher that learner.weights.transport names. Raises as Publisher."""
+    if config.learner.weights.transport == "delta":
+        return Publisher(policy, epoch, config, ranks)
+    from learner.trainer.direct import DirectPublisher
 
-
-def _messages(
-    header: weight_pb2.PartHeader, payload: Sequence[memoryview]
-) -> Iterator[weight_pb2.PublishWeightsRequest]:
-    """The header, then the payload in chunks of at most 1 MiB."""
-    yield weight_pb2.PublishWeightsRequest(header=header)
-    chunk = bytearray()
-    for values in payload:
-        for start in range(0, len(values), CHUNK_BYTES):
-            piece = values[start : start + CHUNK_BYTES]
-            if len(chunk) + len(piece) > CHUNK_BYTES:
-                yield weight_pb2.PublishWeightsRequest(chunk=bytes(chunk))
-                chunk.clear()
-            chunk += piece
-    if chunk:
-        yield weight_pb2.PublishWeightsRequest(chunk=bytes(chunk))
+    return DirectPublisher(policy, epoch, config, ranks)

@@ -2,24 +2,23 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from learner.trainer.experience import Sample
-from learner.trainer.losses.grpo import GrpoTokens
+from learner.trainer.algorithm import Loss
 from learner.trainer.losses.kl import kl_values
-from learner.trainer.microbatches import Microbatch, padding_share
+from learner.trainer.losses.tokens import Outputs, Tokens
 from learner.trainer.ranks import Ranks
 from understudy import metrics
 from understudy.v1 import batch_pb2
 
 _SUMS = (
-    "sequences",
+    "episodes",
     "tokens",
-    "padded_tokens",
+    "passes",
     "trained_tokens",
     "loss",
     "logprobs",
@@ -28,13 +27,27 @@ _SUMS = (
     "importance",
     "importance_squared",
     "capped",
+    "masked",
     "staleness",
     "current_tokens",
     "difference",
     "kl_reference",
     "reference_tokens",
+    "advantages",
+    "advantages_squared",
+    "steps",
+    "value_errors",
+    "value_errors_squared",
+    "targets",
+    "targets_squared",
 )
-_LARGEST = ("importance", "difference")
+_LARGEST = ("importance", "difference", "staleness")
+
+QUANTILES = {"ratio_p01": 0.01, "ratio_p50": 0.5, "ratio_p99": 0.99}
+MAX_LOG_RATIO, NUM_BINS = 5.0, 400
+"""Ratios are counted in bins of 2.5 % from e^-5 to e^5, for quantiles over all ranks."""
+STALENESS_BOUNDS = (0, 1, 2, 4, 8, 16)
+"""Steps behind: a token counts under the first bound that it is not above, or none."""
 
 
 class Clock:
@@ -60,66 +73,88 @@ class Clock:
 
 
 class TokenSums:
-    """Sums over the tokens that a rank trained on.
+    """Sums over the tokens that a rank trained on. Every rank has its own and adds its packs."""
 
-    Args:
-        head_version: newest version when the batch was closed.
-        current_version: version of the learner's weights before the update.
-    """
-
-    def __init__(self, head_version: int, current_version: int) -> None:
-        self._head_version = head_version
-        self._current_version = current_version
+    def __init__(self) -> None:
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._largest = dict.fromkeys(_LARGEST, 0.0)
+        self._ratios = np.zeros(NUM_BINS)
+        self._staleness = np.zeros(len(STALENESS_BOUNDS) + 1)
 
     @torch.no_grad()
-    def add(
-        self,
-        micro: Microbatch[Sample],
-        tokens: GrpoTokens,
-        old_logprobs: Tensor,
-        behaviour_logprobs: Tensor,
-        importance_cap: float,
-    ) -> None:
-        """Add the N tokens of one micro-batch; log-probabilities are [N]."""
-        self._sums["sequences"] += len(micro.sequences)
-        self._sums["tokens"] += sum(len(s.token_ids) for s in micro.sequences)
-        self._sums["padded_tokens"] += micro.num_padded_tokens
-        if not micro.sequences:
+    def add(self, loss: Loss, old: Outputs, tokens: Tokens, num_tokens: int) -> None:
+        """Add one pack.
+
+        Args:
+            loss: of it.
+            old: the policy's outputs at the start of the batch.
+            tokens: N tokens that were sampled.
+            num_tokens: all tokens that the pass computed.
+        """
+        self._sums["tokens"] += num_tokens
+        self._sums["passes"] += 1
+        self._sums["episodes"] += tokens.num_episodes
+        if not tokens.num_episodes:
             return
-        versions = np.concatenate([s.versions for s in micro.sequences])
-        log_ratio = old_logprobs - behaviour_logprobs
-        is_current = torch.from_numpy(versions == self._current_version).to(log_ratio.device)
-        difference = log_ratio.abs() * is_current
+        log_ratios = old.logprobs_N - tokens.behaviour_logprobs_N
+        is_current = tokens.staleness_N == 0
         values = {
-            "trained_tokens": torch.ones_like(log_ratio),
-            "loss": tokens.losses,
-            "logprobs": old_logprobs,
-            "kl": kl_values(log_ratio),
-            "clipped": tokens.clipped,
-            "importance": tokens.importance,
-            "importance_squared": tokens.importance.square(),
-            "capped": tokens.importance > importance_cap,
+            "trained_tokens": torch.ones_like(log_ratios),
+            "loss": loss.losses_N,
+            "logprobs": old.logprobs_N,
+            "kl": kl_values(log_ratios),
+            "clipped": loss.clipped_N,
+            "importance": loss.importance_N,
+            "importance_squared": loss.importance_N.square(),
+            "capped": (loss.weights_N < loss.importance_N) & (loss.weights_N > 0),
+            "masked": loss.weights_N == 0,
+            "staleness": tokens.staleness_N,
             "current_tokens": is_current,
-            "difference": difference,
+            "difference": log_ratios.abs() * is_current,
+            "advantages": loss.advantages_N,
+            "advantages_squared": loss.advantages_N.square(),
         }
-        for name, value in values.items():
-            self._sums[name] += float(value.sum(dtype=torch.float64))
-        self._sums["staleness"] += float((self._head_version - versions).sum())
+        self._add(values)
         for name in _LARGEST:
             self._largest[name] = max(self._largest[name], float(values[name].max()))
+        self._ratios += _histogram(log_ratios)
+        places = np.searchsorted(STALENESS_BOUNDS, tokens.staleness_N.cpu().numpy())
+        self._staleness += np.bincount(places, minlength=len(self._staleness))
+        if loss.value_errors_K is not None and loss.targets_K is not None:
+            errors, targets = loss.value_errors_K, loss.targets_K
+            self._add(
+                {
+                    "steps": torch.ones_like(errors),
+                    "value_errors": errors,
+                    "value_errors_squared": errors.square(),
+                    "targets": targets,
+                    "targets_squared": targets.square(),
+                }
+            )
 
     @torch.no_grad()
-    def add_reference(self, old_logprobs: Tensor, reference_logprobs: Tensor) -> None:
-        """Add the distance from the reference policy on N tokens; log-probabilities are [N]."""
-        values = kl_values(reference_logprobs - old_logprobs)
-        self._sums["kl_reference"] += float(values.sum(dtype=torch.float64))
-        self._sums["reference_tokens"] += len(values)
+    def add_reference(self, old_logprobs_N: Tensor, reference_logprobs_N: Tensor) -> None:
+        """Add the distance of N tokens from the reference policy."""
+        values = kl_values(reference_logprobs_N - old_logprobs_N)
+        self._add({"kl_reference": values, "reference_tokens": torch.ones_like(values)})
+
+    @property
+    def importance(self) -> np.ndarray:
+        """Sum of pi_old / mu, of its square, and number of tokens, on this rank so far."""
+        names = ("importance", "importance_squared", "trained_tokens")
+        return np.array([self._sums[name] for name in names])
+
+    def _add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._sums[name] += float(value.sum(dtype=torch.float64))
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
         """Means and shares over all ranks' tokens, by metric name. Every rank calls it."""
-        sums = dict(zip(_SUMS, ranks.sum(list(self._sums.values())), strict=True))
+        columns = [*self._sums.values(), *self._ratios, *self._staleness]
+        summed = ranks.sum(columns)
+        sums = dict(zip(_SUMS, summed, strict=False))
+        ratios = np.array(summed[len(_SUMS) : len(_SUMS) + NUM_BINS])
+        staleness = summed[len(_SUMS) + NUM_BINS :]
         largest = dict(zip(_LARGEST, ranks.max(list(self._largest.values())), strict=True))
         num = max(sums["trained_tokens"], 1.0)
         figures = {
@@ -130,21 +165,73 @@ class TokenSums:
             "importance_mean": sums["importance"] / num,
             "importance_max": largest["importance"],
             "cap_share": sums["capped"] / num,
+            "mask_share": sums["masked"] / num,
             "effective_sample_size": effective_sample_size(
                 sums["importance"], sums["importance_squared"], num
             ),
+            "advantage_deviation": _deviation(sums, "advantages", num),
             "token_staleness_mean": sums["staleness"] / num,
+            "token_staleness_max": largest["staleness"],
             "trained_tokens": sums["trained_tokens"],
             "tokens": sums["tokens"],
-            "length_mean": sums["tokens"] / max(sums["sequences"], 1.0),
-            "padding_share": padding_share(sums["tokens"], sums["padded_tokens"]),
+            "passes": sums["passes"],
+            "length_mean": sums["tokens"] / max(sums["episodes"], 1.0),
+            **_quantiles(ratios),
+            **staleness_shares(staleness),
         }
         if sums["current_tokens"]:
             figures["logprob_difference_mean"] = sums["difference"] / sums["current_tokens"]
             figures["logprob_difference_max"] = largest["difference"]
         if sums["reference_tokens"]:
             figures["kl_reference"] = sums["kl_reference"] / sums["reference_tokens"]
+        if sums["steps"]:
+            figures |= _of_values(sums)
         return figures
+
+
+def _deviation(sums: Mapping[str, float], name: str, num: float) -> float:
+    variance = sums[f"{name}_squared"] / num - (sums[name] / num) ** 2
+    return float(max(variance, 0.0) ** 0.5)
+
+
+def _of_values(sums: Mapping[str, float]) -> dict[str, float]:
+    """How well the value head knows its targets: 1 - Var(V - target) / Var(target)."""
+    num = sums["steps"]
+    error, spread = (_deviation(sums, name, num) for name in ("value_errors", "targets"))
+    return {
+        "value_loss": sums["value_errors_squared"] / num / 2,
+        "value_target_mean": sums["targets"] / num,
+        "value_explained": 1 - (error / spread) ** 2 if spread else 0.0,
+    }
+
+
+def _histogram(log_ratios_N: Tensor) -> np.ndarray:
+    bounded = log_ratios_N.float().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).cpu()
+    counts: Tensor = torch.histc(bounded, NUM_BINS, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return counts.numpy().astype(np.float64)
+
+
+def _quantiles(counts: np.ndarray) -> dict[str, float]:
+    """Quantiles of the importance ratio, at the middle of their bin."""
+    cumulated = counts.cumsum()
+    if not cumulated[-1]:
+        return {}
+    width = 2 * MAX_LOG_RATIO / NUM_BINS
+    places = {
+        q: np.searchsorted(cumulated, share * cumulated[-1]) for q, share in QUANTILES.items()
+    }
+    return {q: float(np.exp((i + 0.5) * width - MAX_LOG_RATIO)) for q, i in places.items()}
+
+
+def staleness_shares(counts: Sequence[float]) -> dict[str, float]:
+    """Shares of the trained tokens by steps behind, without those of none."""
+    names = [*STALENESS_BOUNDS, "more"]
+    num = max(sum(counts), 1.0)
+    return {
+        f"tokens_behind_{name}": count / num
+        for name, count in zip(names, counts, strict=True)
+        if count
+    }
 
 
 def effective_sample_size(weight_sum: float, weight_square_sum: float, num: float) -> float:
@@ -168,6 +255,11 @@ def export(header: batch_pb2.BatchHeader, figures: Mapping[str, float], clock: C
     for phase, seconds in clock.seconds.items():
         metrics.TRAIN_STEP_SECONDS.labels(phase).observe(seconds)
     metrics.TRAINED_TOKENS.inc(figures["trained_tokens"])
+    for name, share in figures.items():
+        if name.startswith("tokens_behind_"):
+            bound = name.removeprefix("tokens_behind_")
+            metrics.TOKENS_BY_STALENESS.labels(bound).inc(share * figures["trained_tokens"])
+    metrics.SKIPPED_UPDATES.inc(figures["skipped_updates"])
     metrics.LOSS.set(figures["loss"])
     metrics.REWARD.set(mean_reward(header))
     metrics.GRAD_NORM.set(figures["grad_norm"])

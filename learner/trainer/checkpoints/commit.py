@@ -9,11 +9,11 @@ from learner.trainer.checkpoints.manifest import (
     STAGING_SUFFIX,
     Manifest,
     list_checkpoints,
-    sync,
     write_manifest,
 )
 from understudy import failpoints
 from understudy.errors import ConfigError
+from understudy.files import sync
 
 _log = logging.getLogger(__name__)
 

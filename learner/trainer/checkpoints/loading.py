@@ -18,6 +18,7 @@ from learner.trainer.checkpoints.parts import record_of, restore
 from learner.trainer.model import Policy
 from learner.trainer.optimizer import Optimizer
 from learner.trainer.ranks import Ranks
+from understudy.config import LoraConfig
 from understudy.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def _refuse_different(checkpoint: Checkpoint, setup: Setup) -> None:
         "model.dtype": (setup.dtype, saved.dtype),
         "learner.train.betas": (setup.betas, saved.betas),
         "learner.train.weight_decay": (setup.weight_decay, saved.weight_decay),
+        "learner.lora": (setup.lora or "no adapters", saved.lora or "no adapters"),
+        "model.path: digest of the weights that adapters belong to": (setup.base, saved.base),
     }
     for name in sorted({*setup.parameters, *saved.parameters}):
         shapes = setup.parameters.get(name), saved.parameters.get(name)
@@ -103,10 +106,18 @@ def setup_of(policy: Policy, optimizer: Optimizer) -> Setup:
     """What a checkpoint has to agree with to be loaded into these."""
     assert isinstance(policy, FSDPModule)
     dtype = policy._get_fsdp_state()._mp_policy.param_dtype  # which nothing public tells
+    adapter = policy.adapter
     return Setup(
         architecture=policy.model_type,
         dtype=str(dtype).removeprefix("torch."),
         betas=optimizer.betas,
         weight_decay=optimizer.weight_decay,
-        parameters={name: tuple(p.shape) for name, p in policy.checkpoint_parameters()},
+        parameters={name: tuple(p.shape) for name, p in policy.trained_parameters()},
+        lora=_in_words(adapter.config) if adapter else "",
+        base=adapter.base_digest if adapter else "",
     )
+
+
+def _in_words(lora: LoraConfig) -> str:
+    targets = ", ".join(sorted(lora.target_modules))
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {targets}"

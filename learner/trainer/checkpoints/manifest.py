@@ -8,7 +8,6 @@ A folder under its final name was durable as a whole when it got that name.
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from understudy.errors import ConfigError, UnderstudyError
+from understudy.files import sync
 
-FORMAT = 1
+FORMAT = 3
 MANIFEST = "manifest.json"
 STAGING_SUFFIX = ".tmp"
 _FOLDER = re.compile(r"step-\d{8,}")
@@ -41,8 +41,10 @@ class TrainerState(_Part):
 
     num_updates: int
     """Optimizer steps taken, which the learning rate's schedule goes by."""
+    num_failures: int
+    """Updates in a row, up to here, without a finite gradient, too many of which end training."""
     last_version: int
-    """Policy version under which the weights were published last."""
+    """Newest policy version that was known to be committed."""
     trainer_epoch: int
     """Epoch of the trainer that saved."""
     run: str
@@ -61,7 +63,11 @@ class Setup(_Part):
     betas: tuple[float, float]
     weight_decay: float
     parameters: dict[str, tuple[int, ...]]
-    """Shapes of the whole tensors by their names in the model folder."""
+    """Shapes of the whole tensors by their names in the model folder, or in an adapter's."""
+    lora: str
+    """Adapters that learned, for people; empty if all weights did."""
+    base: str
+    """Digest of the weights that the adapters belong to, in hexadecimal; empty without adapters."""
 
 
 class FileRecord(_Part):
@@ -153,15 +159,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except ValidationError as error:
         raise DamagedCheckpointError(folder, f"{MANIFEST} is not a manifest ({error})") from None
     return Checkpoint(folder=folder, manifest=manifest, digest=digest)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(body: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,23 +28,21 @@ from learner.trainer.checkpoints.manifest import (
     DamagedCheckpointError,
     FileRecord,
     file_name,
-    sync,
 )
 from learner.trainer.model import Policy
 from learner.trainer.optimizer import Optimizer
 from learner.trainer.ranks import Ranks
-from learner.trainer.shards import shard_slices
+from learner.trainer.shards import Held, owned_run
+from understudy.files import sync
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Held:
-    """What this rank holds of one parameter, as views of the tensors that training changes."""
+class _State:
+    """What training has of one parameter: the tensors that it changes."""
 
     name: str
-    start: int
-    """First element in the flattened whole tensor."""
-    runs: Mapping[str, Tensor]
-    """`weight`, `exp_avg` and `exp_avg_sq`, [num_elements] each."""
+    tensors: Mapping[str, DTensor]
+    """`weight`, `exp_avg` and `exp_avg_sq`, all cut as the parameter is."""
     step: Tensor
     """[1]"""
 
@@ -59,12 +57,18 @@ class Part:
 
 
 def copy_part(policy: Policy, optimizer: Optimizer, ranks: Ranks) -> Part:
-    """Copy this rank's weights, optimizer state and generators; training may go on at once."""
+    """Copy this rank's weights, optimizer state and generators; training may go on at once.
+
+    The ranks of a tensor group call it together.
+    """
     tensors, starts = _generators(ranks.device), {}
-    for held in _held(policy, optimizer, ranks):
-        starts[held.name] = str(held.start)
-        for kind, values in {**held.runs, "step": held.step}.items():
-            tensors[f"{kind}/{held.name}"] = values.to("cpu", copy=True)
+    for state in _states(policy, optimizer):
+        for kind, tensor in state.tensors.items():
+            start, values = owned_run(tensor)
+            if values.numel():
+                starts[state.name] = str(start)
+                tensors[f"{kind}/{state.name}"] = values.to("cpu", copy=True)
+                tensors[f"step/{state.name}"] = state.step.to("cpu", copy=True)
     return Part(tensors=tensors, starts=starts)
 
 
@@ -103,13 +107,22 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: Optimizer, ranks:
             _File(stack.enter_context(safe_open(checkpoint.folder / file_name(rank), "pt")))
             for rank in range(world_size)
         ]
-        for held in _held(policy, optimizer, ranks):
-            for kind, values in held.runs.items():
-                if _fill(files, kind, held, values) != values.numel():
-                    what = f"elements of {kind}/{held.name} are missing"
-                    raise DamagedCheckpointError(checkpoint.folder, what)
-            held.step.copy_(next(f.tensor("step", held) for f in files if held.name in f.starts))
+        for state in _states(policy, optimizer):
+            for kind, tensor in state.tensors.items():
+                _restore(checkpoint, files, f"{kind}/{state.name}", tensor)
+            step = next(file for file in files if state.name in file.starts)
+            state.step.copy_(step.opened.get_tensor(f"step/{state.name}"))
         _restore_generators(files[ranks.rank % world_size], ranks.device)
+
+
+@torch.no_grad()
+def _restore(checkpoint: Checkpoint, files: Sequence["_File"], key: str, tensor: DTensor) -> None:
+    """Fill this rank's part of a tensor."""
+    held, local = Held.of(tensor), tensor.to_local()
+    rows = torch.empty(held.num_rows * held.row, dtype=local.dtype)
+    if _fill(files, key, held.first_row * held.row, rows) != rows.numel():
+        raise DamagedCheckpointError(checkpoint.folder, f"elements of {key} are missing")
+    local.copy_(held.of_rows(rows))
 
 
 class _File:
@@ -119,47 +132,36 @@ class _File:
         self.opened = opened
         self.starts: Mapping[str, str] = opened.metadata() or {}
 
-    def tensor(self, kind: str, held: _Held) -> Tensor:
-        tensor: Tensor = self.opened.get_tensor(f"{kind}/{held.name}")
-        return tensor
 
-
-def _fill(files: Sequence[_File], kind: str, held: _Held, values: Tensor) -> int:
-    """Copy what the files have of a run and return how many elements that was."""
-    num_filled, end = 0, held.start + values.numel()
+def _fill(files: Sequence[_File], key: str, start: int, values: Tensor) -> int:
+    """Copy what the files have of a run of elements and return how many that was."""
+    num_filled, end = 0, start + values.numel()
     for file in files:
-        if held.name not in file.starts:
+        if (name := key.partition("/")[2]) not in file.starts:
             continue
-        first = int(file.starts[held.name])
-        source = file.opened.get_slice(f"{kind}/{held.name}")
-        low, high = max(held.start, first), min(end, first + source.get_shape()[0])
+        first = int(file.starts[name])
+        source = file.opened.get_slice(key)
+        low, high = max(start, first), min(end, first + source.get_shape()[0])
         if low < high:
             found: Tensor = source[low - first : high - first]
-            values[low - held.start : high - held.start].copy_(found)
+            values[low - start : high - start].copy_(found)
             num_filled += high - low
     return num_filled
 
 
-def _held(policy: Policy, optimizer: Optimizer, ranks: Ranks) -> Iterator[_Held]:
-    parameters = dict(policy.checkpoint_parameters())
-    for piece in shard_slices(policy, ranks):
-        moments = optimizer.moments(parameters[piece.name])
-        yield _Held(
-            name=piece.name,
-            start=piece.start,
-            runs={
-                "weight": piece.values,
-                "exp_avg": _flat(moments["exp_avg"]),
-                "exp_avg_sq": _flat(moments["exp_avg_sq"]),
-            },
+def _states(policy: Policy, optimizer: Optimizer) -> Iterator[_State]:
+    for name, parameter in policy.trained_parameters():
+        moments = optimizer.moments(parameter)
+        tensors = {
+            "weight": parameter,
+            "exp_avg": moments["exp_avg"],
+            "exp_avg_sq": moments["exp_avg_sq"],
+        }
+        yield _State(
+            name=name,
+            tensors={kind: cast("DTensor", tensor) for kind, tensor in tensors.items()},
             step=moments["step"].view(1),
         )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    local: Tensor = tensor.to_local()
-    return local.view(-1)
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

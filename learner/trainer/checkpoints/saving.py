@@ -160,11 +160,11 @@ class Checkpoints:
         return Failed(step=saving.step, reason=reason)
 
     def _gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of each rank, in order of the ranks."""
+        """The values of each rank, 0 or more, in order of the ranks."""
         num = len(values)
         row = [0.0] * (num * self._ranks.world_size)
         row[num * self._ranks.rank : num * (self._ranks.rank + 1)] = values
-        row = self._ranks.sum(row)
+        row = self._ranks.max(row)
         return [row[i : i + num] for i in range(0, len(row), num)]
 
 
