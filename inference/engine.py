@@ -64,6 +64,10 @@ class Engine(ABC):
     computes: bool = True
     """Whether replies and log-probabilities come from the weights."""
 
+    reproducible: bool = False
+    """Whether a seeded request gets the same reply, bit for bit, whatever else is batched with it
+    or cached; valid after start."""
+
     @property
     def failure(self) -> str | None:
         """Why the engine cannot serve any more; None while it can."""

@@ -4,16 +4,17 @@ vLLM loads `register` through the entry point group `vllm.general_plugins`; impo
 for the worker extension registers too, so that a source tree works without being installed.
 
 A shadow holds whole checkpoints, because vLLM can only reload whole modules: its linear layers are
-fused (q, k, v are one) and, on CPUs, packed when loaded. The order of one update is
+fused (q, k, v are one) and, on CPUs, packed when loaded. On GPUs weights lie there as they are, and
+vLLM can change single values in place: there a patch suffices. The order of one update is
 
     start_weight_update -> update_weights(ShadowUpdate) -> finish_weight_update
 
-and generation is paused around it. An update that failed is ended by `abandon_weight_update`; the
-weights are then undefined until the next whole update.
+in one call, and generation is paused around it. An update that failed is ended by
+`abandon_weight_update`; the weights are then undefined until the next whole update.
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from inference.patch import TensorPatch
+
 BACKEND = "understudy-shadow"
 """Name of the weight-transfer backend."""
 
@@ -49,13 +52,15 @@ class ShadowUpdate(WeightTransferUpdateInfo):
     """Where the new weights lie."""
 
     path: str = ""
-    """File to map."""
+    """File to map: a shadow or a patch."""
     tensors: list[tuple[str, str, list[int], int]] = field(default_factory=list)
-    """(name, dtype, shape, offset in bytes) of each tensor."""
+    """(name, dtype, shape, offset in bytes) of each tensor of a shadow."""
+    patches: list[list[Any]] | None = None
+    """TensorPatch of each tensor of a patch; None for a shadow."""
 
 
 class ShadowTransfer(WeightTransferEngine[ShadowInit, ShadowUpdate]):
-    """Reloads the whole model from a mapped shadow."""
+    """Reloads the whole model from a mapped shadow, or patches it in place."""
 
     init_info_cls = ShadowInit
     update_info_cls = ShadowUpdate
@@ -64,24 +69,30 @@ class ShadowTransfer(WeightTransferEngine[ShadowInit, ShadowUpdate]):
         """Nothing to do."""
 
     def start_weight_update(self) -> None:
-        """Take every module apart into what the checkpoint has."""
-        initialize_layerwise_reload(self.model)
+        """What there is to begin depends on the update."""
 
     def receive_weights(self, update_info: ShadowUpdate) -> None:
-        """Load all tensors. Raises when a module lacks part of its weights."""
-        with open(update_info.path, "rb") as file:
-            # Private pages: torch wants a writable buffer, and a bug here must not reach others.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        """Load or patch all tensors. Raises when a module lacks part of its weights."""
+        if update_info.patches is None:
+            self._reload(update_info)
+        elif update_info.patches:
+            mapped = _map(update_info.path)
+            patches = (TensorPatch(*item) for item in update_info.patches)
+            patch_model(self.model, mapped, patches, self.device)
+
+    def _reload(self, update_info: ShadowUpdate) -> None:
+        # Every module is taken apart into what the checkpoint has, and put together again at last.
+        initialize_layerwise_reload(self.model)
         model: Any = self.model
-        model.load_weights(_tensors(mapped, update_info.tensors))
+        model.load_weights(_tensors(_map(update_info.path), update_info.tensors))
         missing = list(_incomplete_modules(self.model))
         if missing:
             raise ValueError(f"the checkpoint lacks weights of {', '.join(missing[:8])}")
-
-    def finish_weight_update(self) -> None:
-        """Put the modules together again, tied output layer included."""
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
         _refresh_output_layer(self.model)
+
+    def finish_weight_update(self) -> None:
+        """Nothing is left to do."""
 
     def abandon(self) -> None:
         """End an update that failed: drop what was buffered, so that the next one starts clean."""
@@ -89,6 +100,47 @@ class ShadowTransfer(WeightTransferEngine[ShadowInit, ShadowUpdate]):
 
     def shutdown(self) -> None:
         """Nothing is held."""
+
+
+def _map(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        # Private pages: torch wants a writable buffer, and a bug here must not reach others.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def patch_model(
+    model: torch.nn.Module,
+    mapped: mmap.mmap,
+    patches: Iterable[TensorPatch],
+    device: torch.device,
+) -> None:
+    """Change single values in place. Half of them are changed if this fails."""
+    from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+        CheckpointWeightPatch,
+        load_checkpoint_weight_patches,
+    )
+
+    def read(dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).to(device)
+
+    load_checkpoint_weight_patches(
+        model,
+        [
+            CheckpointWeightPatch(
+                name=patch.name,
+                shape=tuple(patch.shape),
+                dtype=_DTYPES[patch.dtype],
+                values=read(_DTYPES[patch.dtype], patch.num_changed, patch.values_offset),
+                indices=read(
+                    torch.int32 if patch.position_bytes == 4 else torch.int64,
+                    patch.num_changed,
+                    patch.positions_offset,
+                ),
+            )
+            for patch in patches
+        ],
+        validate_unique_indices=False,
+    )
 
 
 def _tensors(
@@ -130,6 +182,12 @@ def _refresh_output_layer(model: torch.nn.Module) -> None:
 
 class ShadowWorker:
     """Methods that every vLLM worker gets."""
+
+    def replace_weights(self: Any, update_info: dict[str, Any]) -> None:
+        """A whole update in one call: each further one would wait for the core once more."""
+        self.start_weight_update()
+        self.update_weights(update_info)
+        self.finish_weight_update()
 
     def abandon_weight_update(self: Any) -> None:
         """End an update that failed in this or another worker."""

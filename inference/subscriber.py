@@ -1,68 +1,77 @@
-"""Follows the learner: every new version is fetched, checked, put into the engine and reported.
+"""Follows a weight store: each new version is fetched, checked, put into the engine and reported.
 
-    WatchVersions -> newest -> fetch, check (staging) -> engine.load_weights -> probe -> report
-                       ^         generation goes on             pause                      |
-                       '-------------------------------------------------------------------'
+    WatchVersions -> newest -> fetch, apply, check -> engine.load_weights -> probe -> report
+                       ^         generation goes on             pause                   |
+                       '----------------------------------------------------------------'
 
 Only `load_weights` stops generation. Versions announced meanwhile replace each other, so the next
-round takes the newest. A version that is refused leaves the one before in place; the next try
-fetches the whole copy again.
+round takes the newest. A version that is refused leaves the one before in place; the next try asks
+for a full copy. What is checked is on the shelf for others, whether the engine takes it or not.
 """
 
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 import grpc
-import numpy as np
 
 from inference.engine import Engine, WeightLoadError
-from inference.fetch import Fetcher
-from inference.manifest import Lineage, RefusedError, check_lineage, decode_probe
+from inference.fetch import Fetcher, HeldVersion
+from inference.probe import decode_probe
+from inference.reporter import Reporter
+from inference.shelf import Shelf
 from inference.weights import Shadow
-from understudy import metrics
-from understudy.config import NetworkConfig
+from understudy import failpoints, metrics
 from understudy.errors import PeerUnreachableError
 from understudy.trajectory import FloatArray, IntArray
 from understudy.v1 import weight_pb2, weight_pb2_grpc
+from understudy.weights.errors import WeightsRefusedError
 
 _log = logging.getLogger(__name__)
 _MIN_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.2, 10.0
 _STABLE_SECONDS = 5.0
-_REPORT_TIMEOUT_SECONDS = 10.0
-_MISMATCH_ALARM = 0.1
-"""Mean |engine's - learner's| log-probability, in nats, above which something is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """Where versions come from, and who is told what became of them."""
+
+    channel: grpc.aio.Channel
+    """To the weight store, or to a node that passes on what it holds."""
+    learner: grpc.aio.Channel
+    """To the intake."""
+    address: str
+    """Of the former, for messages."""
+    patience_seconds: float
+    """How long it may be away while there are no weights yet."""
 
 
 class WeightSubscriber:
-    """Keeps one engine on the newest version of one learner."""
+    """Keeps one engine on the newest version of one weight store."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, engine: Engine, replica_id: str, network: NetworkConfig
+        self, upstream: Upstream, engine: Engine, replica_id: str, shelf: Shelf | None = None
     ) -> None:
-        self._stub = weight_pb2_grpc.WeightServiceStub(channel)
+        self._stub = weight_pb2_grpc.WeightServiceStub(upstream.channel)
+        self._reporter = Reporter(engine, upstream.learner, replica_id)
         self._fetcher = Fetcher(self._stub)
+        self._shelf = shelf or Shelf()
         self._engine = engine
         self._replica_id = replica_id
-        self._network = network
+        self._upstream = upstream
         self.ready = asyncio.Event()
         """Set once the first version is served."""
         self._announced = asyncio.Event()
         self._newest = weight_pb2.WatchVersionsResponse()
         self._announced_at = 0.0
         self._served: Shadow | None = None
-        self._lineage = Lineage()
-
-    @property
-    def lineage(self) -> Lineage:
-        """Run, epoch and version of what is served."""
-        return self._lineage
 
     async def run(self) -> None:
         """Follow until cancelled.
 
         Raises:
-            PeerUnreachableError: the learner stayed away before the first weights.
+            PeerUnreachableError: the store stayed away before the first weights.
             EngineError: the engine broke.
         """
         loops = [asyncio.create_task(self._watch()), asyncio.create_task(self._apply_versions())]
@@ -74,7 +83,7 @@ class WeightSubscriber:
             await asyncio.gather(*loops, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Consumes announcements; unblocks _apply_versions; outlives the learner's absences."""
+        """Consumes announcements; unblocks _apply_versions; outlives the store's absences."""
         away_since = 0.0
         while True:
             started = time.monotonic()
@@ -91,24 +100,26 @@ class WeightSubscriber:
         call = self._stub.WatchVersions(request)
         try:
             async for announcement in call:
+                if announcement is None:  # grpc's word for bytes that are no message
+                    break
                 self._newest = announcement
                 self._announced_at = time.monotonic()
                 self._announced.set()
         except grpc.aio.AioRpcError as error:
             if not quiet:
                 _log.warning(
-                    "lost the learner at %s (%s); version %d goes on serving; reconnecting",
-                    self._network.learner, error.code().name, self._lineage.version,
+                    "lost the weights at %s (%s); version %d goes on serving; reconnecting",
+                    self._upstream.address, error.code().name, self._engine.version,
                 )  # fmt: skip
         finally:
             call.cancel()
 
     def _give_up_without_weights(self, away_seconds: float) -> None:
-        limit = self._network.connect_timeout_seconds
-        if not self._lineage.version and away_seconds > limit:
+        limit = self._upstream.patience_seconds
+        if not self._engine.version and away_seconds > limit:
             raise PeerUnreachableError(
-                f"the learner at {self._network.learner} is away for {limit:.0f} s and there are "
-                "no weights yet; start it, or raise network.connect_timeout_seconds"
+                f"the weight store at {self._upstream.address} is away for {limit:.0f} s and there "
+                "are no weights yet; start it, or raise network.connect_timeout_seconds"
             )
 
     async def _apply_versions(self) -> None:
@@ -128,15 +139,15 @@ class WeightSubscriber:
             self._announced.set()
 
     def _is_served(self, announcement: weight_pb2.WatchVersionsResponse) -> bool:
-        same_run = announcement.run_id == self._lineage.run_id
-        return same_run and announcement.version == self._lineage.version
+        same_run = announcement.run_id == self._fetcher.lineage.run_id
+        return same_run and announcement.version == self._engine.version
 
     async def _try_update(self) -> bool:
-        """One try at the newest version; False when it was refused or the learner was away."""
+        """One try at the newest version; False when it was refused or the store was away."""
         try:
             await self._update()
             return True
-        except RefusedError as error:
+        except WeightsRefusedError as error:
             self._refuse(error.reason, error)
         except WeightLoadError as error:
             self._refuse("ENGINE", error)
@@ -146,60 +157,48 @@ class WeightSubscriber:
 
     def _refuse(self, reason: str, error: Exception) -> None:
         metrics.WEIGHTS_REFUSED.labels(reason).inc()
-        _log.error("refused weights: %s; version %d goes on", error, self._lineage.version)
+        _log.error("refused weights: %s; version %d goes on", error, self._engine.version)
 
     async def _update(self) -> None:
-        announced_at = self._announced_at
-        expected = self._served.layout if self._served else None
-        manifest, staging = await self._fetcher.fetch(self._lineage, expected)
-        try:
-            probe = decode_probe(
-                manifest.probe, self._engine.vocab_size, self._engine.max_model_len
+        announced, announced_at = self._newest, self._announced_at
+        lineage = self._fetcher.lineage
+        lineage.check_run(announced.run_id)
+        if announced.version > lineage.version:
+            await self._fetch()
+        elif announced.version < lineage.version:
+            raise WeightsRefusedError(
+                "OLD_VERSION", f"version {announced.version} is not above {lineage.version}"
             )
-            pause_seconds = await self._engine.load_weights(staging, manifest.version)
-        except (RefusedError, WeightLoadError):
-            self._fetcher.give_back(staging)
-            raise
-        if self._served is not None:
-            self._fetcher.give_back(self._served)
-        self._served = staging
-        self._lineage = check_lineage(manifest, self._lineage)
-        report = weight_pb2.ReportReplicaRequest(
-            replica_id=self._replica_id,
-            version=manifest.version,
+        held = self._fetcher.held
+        if held is not None and held.version != self._engine.version:
+            await self._serve(held, announced_at)
+        if self._engine.version < announced.version:
+            raise WeightsRefusedError(
+                "BAD_PAYLOAD", f"the transfer ended before version {announced.version}"
+            )
+
+    async def _fetch(self) -> None:
+        """Get the newest version; on the shelf it goes once there is nothing to say against it."""
+        version = await self._fetcher.fetch(self._served)
+        if version is None:
+            return
+        self._decode_probe(version)
+        self._fetcher.hold(version)
+        self._shelf.put(version)
+
+    def _decode_probe(self, version: HeldVersion) -> tuple[IntArray, FloatArray] | None:
+        probe = version.weights.manifest.probe
+        return decode_probe(probe, self._engine.vocab_size, self._engine.max_model_len)
+
+    async def _serve(self, held: HeldVersion, announced_at: float) -> None:
+        """Put what is held into the engine, compare, and report."""
+        failpoints.hit("inference.after_verify")
+        pause_seconds = await self._engine.load_weights(held.shadow, held.version)
+        self._served = held.shadow
+        await self._reporter.report(
+            version=held.version,
+            step=held.weights.manifest.step,
+            probe=self._decode_probe(held),
             pause_seconds=pause_seconds,
             apply_seconds=time.monotonic() - announced_at,
         )
-        if probe is not None:
-            await self._measure_mismatch(*probe, report)
-        await self._report(report, manifest.step)
-
-    async def _measure_mismatch(
-        self, token_ids: IntArray, logprobs: FloatArray, report: weight_pb2.ReportReplicaRequest
-    ) -> None:
-        """Compare the engine with the learner; the health metric of the whole system."""
-        difference = np.abs(await self._engine.prompt_logprobs(token_ids) - logprobs)
-        report.mismatch_mean = float(difference.mean())
-        report.mismatch_max = float(difference.max())
-        metrics.LOGPROB_MISMATCH.labels("mean").set(report.mismatch_mean)
-        metrics.LOGPROB_MISMATCH.labels("max").set(report.mismatch_max)
-        if self._engine.computes and not report.mismatch_mean < _MISMATCH_ALARM:
-            _log.error(
-                "version %d: log-probabilities differ from the learner's by %.4f on average, %.4f "
-                "at most; ratios are wrong: check that model.dtype agrees",
-                report.version, report.mismatch_mean, report.mismatch_max,
-            )  # fmt: skip
-
-    async def _report(self, report: weight_pb2.ReportReplicaRequest, step: int) -> None:
-        metrics.POLICY_VERSION.set(report.version)
-        metrics.WEIGHT_APPLY_SECONDS.observe(report.apply_seconds)
-        metrics.GENERATION_PAUSE_SECONDS.observe(report.pause_seconds)
-        _log.info(
-            "serving version %d (step %d): %.3f s after its announcement, paused %.3f s, "
-            "mismatch %.5f",
-            report.version, step, report.apply_seconds, report.pause_seconds, report.mismatch_mean,
-        )  # fmt: skip
-        try:
-            await self._stub.ReportReplica(report, timeout=_REPORT_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            _log.warning("could not report version %d: %s", report.version, error.code().name)

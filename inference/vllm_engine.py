@@ -2,39 +2,61 @@
 
 The order of a weight update, while requests run:
 
-    pause(keep) -> reload from the shadow -> stamp the version -> resume
+    pause(keep) -> reload from the shadow, or patch -> adapters -> stamp the version -> resume
 
+On GPUs what changed is patched in place where vLLM can do that (found out by looking for it, not by
+version; **not run yet**); everywhere else, and after a patch that failed, the model is reloaded.
 Requests stay in the scheduler. With `kv_on_update = "refresh"` the pause drops all keys and values,
 so running requests read their tokens again under the new weights; with "keep" they go on with the
-old ones. New requests never meet old keys and values either way: the prefix cache is salted by
-version. A reload that fails is healed by reloading the shadow of the version before; if that fails
-too, the engine refuses to serve.
+old ones. New requests never meet old keys and values either way: the prefix cache is salted by the
+version that a request began under, a number that is never used again. What a request that goes on
+adds to the cache stays under its own salt, which no later request gets.
+
+Where the model bundle describes adapters, vLLM gets them as such, by files that are written before
+the pause, and every request names them. The model itself is loaded with the first version, and
+again only if its values are others.
+
+A reload that fails is healed by reloading the shadow of the version before; if that fails too, the
+engine refuses to serve.
 """
 
 import asyncio
 import functools
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from inference.adapter import AdapterFolder, adapter_request
 from inference.engine import Engine, EngineError, Generation, GenerationRequest, WeightLoadError
-from inference.vllm_settings import engine_args, set_vllm_environment
+from inference.patch import Patch, make_patch
+from inference.vllm_settings import (
+    can_patch,
+    engine_args,
+    is_reproducible,
+    set_vllm_environment,
+)
 from inference.weights import Shadow
 from understudy.config import InferenceConfig, ModelConfig
 from understudy.trajectory import FloatArray, IntArray, VersionSpan
+from understudy.weights.adapter import is_adapter, read_adapter
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_log = logging.getLogger(__name__)
+
 
 class VllmEngine(Engine):
     """Continuous batching with in-flight weight updates."""
 
     name = "vllm"
+    _transfer_backend = ""
+    """vLLM's name of what brings weights into the worker; the shadow's own if empty."""
 
     def __init__(self, config: InferenceConfig, model: ModelConfig) -> None:
         self._config = config
@@ -43,6 +65,10 @@ class VllmEngine(Engine):
         self._vocab_size = 0
         self._version = 0
         self._open = asyncio.Event()
+        self._patches = False
+        """Whether weights can be changed in place."""
+        self._adapters: AdapterFolder | None = None
+        """Adapters on their way into vLLM; None if the model has none."""
         self._loaded: Shadow | None = None
         """Weights that are served; an update that fails is healed from them."""
         self._broken: str | None = None
@@ -72,6 +98,8 @@ class VllmEngine(Engine):
     async def start(self, bundle: Path) -> None:
         """Start vLLM with made-up weights and let it compile its kernels."""
         set_vllm_environment(self._config)
+        if lora := read_adapter(bundle):
+            self._adapters = AdapterFolder(lora)
         # Takes many seconds; in a thread, so that health checks and signals are answered.
         try:
             await asyncio.to_thread(self._make_llm, bundle)
@@ -79,6 +107,8 @@ class VllmEngine(Engine):
             raise EngineError(f"vLLM does not start with this model and config: {error}") from error
         assert self._llm is not None
         self._open.set()
+        self._patches = can_patch()
+        self.reproducible = is_reproducible(self._config)
         self._vocab_size = self._llm.model_config.get_vocab_size()
         await self._llm.update_weight_version("0")
         await self._warm_up()
@@ -86,7 +116,9 @@ class VllmEngine(Engine):
     def _make_llm(self, bundle: Path) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(engine_args(bundle, self._config, self._model))
+        lora = self._adapters.lora if self._adapters else None
+        settings = engine_args(bundle, self._config, self._model, lora, self._transfer_backend)
+        self._llm = AsyncLLM.from_engine_args(settings)
 
     async def _warm_up(self) -> None:
         # The first requests compile kernels, which takes seconds: do it before anybody waits.
@@ -147,7 +179,11 @@ class VllmEngine(Engine):
         try:
             # To its end, although the first output is the last: a generator left early would send
             # an abort for the finished request.
-            async for output in self._llm.generate(prompt, params, request_id):
+            served = self._adapters.served if self._adapters else None
+            adapter = adapter_request(served) if served else None
+            async for output in self._llm.generate(
+                prompt, params, request_id, lora_request=adapter
+            ):
                 final = output
         except _engine_dead_error() as error:
             self._broken = f"vLLM died: {error}; restart this replica"
@@ -160,10 +196,13 @@ class VllmEngine(Engine):
         """Serve the shadow's weights as this version from now on."""
         if self._llm is None or self._broken:
             raise EngineError(self._broken or "the engine is not started")
+        patch, adapter = None, await self._write_adapter(shadow, version)
+        if self._patches and self._loaded is not None and adapter is None:
+            patch = await asyncio.to_thread(make_patch, self._loaded, shadow)
         start = time.perf_counter()
         self._open.clear()  # a request that came now would be salted with the old version
         try:
-            await self._reload_or_heal(shadow, version)
+            await self._replace_or_heal(shadow, version, patch, adapter)
             await self._llm.engine_core.resume_scheduler_async()
         except WeightLoadError:
             await self._llm.engine_core.resume_scheduler_async()
@@ -173,31 +212,77 @@ class VllmEngine(Engine):
             raise
         finally:
             self._open.set()
+            if patch is not None:
+                patch.close()
         return time.perf_counter() - start
 
-    async def _reload_or_heal(self, shadow: Shadow, version: int) -> None:
+    async def _write_adapter(self, shadow: Shadow, version: int) -> Path | None:
+        """Write the version's adapters for vLLM; None if the model has none."""
+        if self._adapters is None:
+            if any(is_adapter(entry.name) for entry in shadow.layout):
+                raise WeightLoadError(f"version {version} has adapters, the model bundle has none")
+            return None
+        try:
+            return await asyncio.to_thread(self._adapters.write, shadow, version)
+        except (ValueError, OSError) as error:
+            raise WeightLoadError(f"version {version}: {error}") from error
+
+    async def _replace_or_heal(
+        self, shadow: Shadow, version: int, patch: Patch | None, adapter: Path | None
+    ) -> None:
         assert self._llm is not None
         refresh = self._config.kv_on_update == "refresh"
         try:
             # AsyncLLM.pause_generation adds 20 ms of sleep that correctness does not need.
             await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=refresh)
-            await self._reload(shadow, version)
+            if not self._has_base_of(shadow) and (
+                patch is None or not await self._try_patch(patch)
+            ):
+                await self._reload(shadow)
+            if adapter is not None:
+                await self._load_adapter(adapter)
+            await self._llm.update_weight_version(str(version))
         except Exception as error:  # whatever the worker raised, in vLLM's or torch's words
             await self._heal(error)
             raise WeightLoadError(f"version {version}: {error}") from error
         self._loaded, self._version = shadow, version
+        if self._adapters is not None and adapter is not None:
+            self._adapters.keep(adapter)
 
-    async def _reload(self, shadow: Shadow, version: int) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+    def _has_base_of(self, shadow: Shadow) -> bool:
+        """Whether adapters are all that is new in a shadow."""
+        if self._adapters is None or self._loaded is None or not shadow.base_digest:
+            return False
+        return shadow.base_digest == self._loaded.base_digest
 
-        llm = self._llm
-        assert llm is not None
-        tensors = [[e.name, e.dtype, list(e.shape), e.offset] for e in shadow.layout]
-        await llm.start_weight_update()
-        await llm.update_weights(
-            WeightTransferUpdateRequest(update_info={"path": shadow.path, "tensors": tensors})
-        )
-        await llm.finish_weight_update(str(version))
+    async def _load_adapter(self, path: Path) -> None:
+        """Put adapters in the place of those before, for running requests too."""
+        assert self._llm is not None
+        if not await self._llm.add_lora(adapter_request(path, load=True)):
+            raise ValueError("vLLM did not load the adapters")
+
+    async def _try_patch(self, patch: Patch) -> bool:
+        """Change weights in place; False if they are undefined now."""
+        assert self._llm is not None
+        try:
+            await self._replace({"path": patch.path, "patches": [list(t) for t in patch.tensors]})
+            return True
+        except Exception as error:  # as in _replace_or_heal
+            _log.error("a patch of the weights failed half-way (%s); loading all of them", error)
+            await self._llm.collective_rpc("abandon_weight_update")
+            return False
+
+    async def _reload(self, shadow: Shadow) -> None:
+        tensors = [
+            [entry.name, entry.dtype, list(entry.shape), entry.offset]
+            for entry in shadow.layout
+            if not is_adapter(entry.name)
+        ]
+        await self._replace({"path": shadow.path, "tensors": tensors})
+
+    async def _replace(self, update_info: dict[str, Any]) -> None:
+        assert self._llm is not None
+        await self._llm.collective_rpc("replace_weights", args=(update_info,))
 
     async def _heal(self, cause: Exception) -> None:
         """Bring back the version that was served, if there was one."""
@@ -205,7 +290,10 @@ class VllmEngine(Engine):
         try:
             await self._llm.collective_rpc("abandon_weight_update")
             if self._loaded is not None:
-                await self._reload(self._loaded, self._version)
+                await self._reload(self._loaded)
+                if self._adapters is not None and self._adapters.served is not None:
+                    await self._load_adapter(self._adapters.served)
+                await self._llm.update_weight_version(str(self._version))
         except Exception as error:  # as above
             self._broken = (
                 f"weights are undefined: an update failed ({cause}) and version {self._version} "
@@ -220,6 +308,8 @@ class VllmEngine(Engine):
             self._broken = "the engine was stopped"
             self._open.set()
             await asyncio.to_thread(llm.shutdown)
+        if self._adapters is not None:
+            self._adapters.close()
 
 
 def _sampling_params(request: GenerationRequest) -> "SamplingParams":

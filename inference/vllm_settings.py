@@ -1,12 +1,13 @@
 """How vLLM is set up: environment and arguments, all in one place."""
 
+import json
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from understudy.config import InferenceConfig, ModelConfig
+from understudy.config import InferenceConfig, LoraConfig, ModelConfig
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -39,9 +40,27 @@ def set_vllm_environment(config: InferenceConfig) -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
-def engine_args(bundle: Path, config: InferenceConfig, model: ModelConfig) -> "AsyncEngineArgs":
-    """vLLM's arguments for this replica."""
+def engine_args(
+    bundle: Path,
+    config: InferenceConfig,
+    model: ModelConfig,
+    lora: LoraConfig | None = None,
+    transfer_backend: str = "",
+) -> "AsyncEngineArgs":
+    """vLLM's arguments for this replica; weights come from the shadow if no backend is named.
+
+    Args:
+        bundle: folder of the model bundle.
+        config: the replica's.
+        model: the run's.
+        lora: the one adapter that is served; None for none.
+        transfer_backend: vLLM's name of what brings weights into the worker.
+
+    Raises:
+        ValueError: a mixture of experts with adapters on CPUs.
+    """
     from vllm.config import WeightTransferConfig
+    from vllm.config.lora import MaxLoRARanks
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -58,6 +77,16 @@ def engine_args(bundle: Path, config: InferenceConfig, model: ModelConfig) -> "A
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.max_model_len, _CPU_BATCHED_TOKENS),
         }
+    adapter: dict[str, Any] = {}
+    if lora is not None:
+        if on_cpu:
+            _refuse_experts(bundle)
+        adapter = {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank),
+            "lora_target_modules": list(lora.target_modules),
+        }
     return AsyncEngineArgs(
         model=str(bundle),
         skip_tokenizer_init=True,
@@ -71,10 +100,43 @@ def engine_args(bundle: Path, config: InferenceConfig, model: ModelConfig) -> "A
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         disable_log_stats=on_cpu,  # vLLM's own metrics cost 3 % of a small model's time
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=transfer_backend or BACKEND),
         worker_extension_cls="inference.plugin.ShadowWorker",
         **device,
+        **adapter,
     )
+
+
+def _refuse_experts(bundle: Path) -> None:
+    """With adapters, wherever they are, vLLM computes experts by kernels that only GPUs have."""
+    settings = json.loads((bundle / "config.json").read_bytes())
+    for name in ("num_experts", "num_local_experts"):  # as published, and as transformers saves it
+        if settings.get(name):
+            raise ValueError(
+                f"config.json has {name} = {settings[name]}, and a mixture with adapters "
+                "(learner.lora.rank above 0) is not served on CPUs; set rank = 0, or use GPUs"
+            )
+
+
+def can_patch() -> bool:
+    """Whether this vLLM can change weights in place, which it does on CUDA GPUs only."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return False
+    try:
+        from vllm.model_executor.model_loader import checkpoint_weight_patch
+    except ImportError:
+        return False
+    return hasattr(checkpoint_weight_patch, "load_checkpoint_weight_patches")
+
+
+def is_reproducible(config: InferenceConfig) -> bool:
+    """Whether a reply depends on nothing but its own request, bit for bit: seen on CPUs with one
+    thread in float32, whatever is batched or cached; not expected of GPUs."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and config.threads == 1
 
 
 def _has_compiler() -> bool:

@@ -1,4 +1,4 @@
-"""The shadow: a replica's host copy of the weights, in checkpoint layout, in shared memory.
+"""Shadows: a replica's host copies of the weights, in checkpoint layout, in shared memory.
 
 One anonymous shared-memory file (memfd) holds all tensors behind each other. Engine workers map it
 through its path, `/proc/<pid>/fd/<n>`, so nothing is copied between processes and nothing is
@@ -6,69 +6,45 @@ pickled. Unlike a name in /dev/shm it has no size limit in containers, and it is
 process is, however it ends.
 """
 
+import contextlib
+import logging
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
-ALIGNMENT = 64
-"""Tensors start at multiples of this many bytes."""
-ITEM_BYTES = {"F32": 4, "BF16": 2}
-"""Bytes of an element by dtype, as safetensors names dtypes."""
+from understudy.weights.layout import ByteArray, Layout, TensorEntry, end_of
 
-
-@dataclass(frozen=True, kw_only=True)
-class TensorEntry:
-    """Where one checkpoint tensor lies in a shadow."""
-
-    name: str
-    """Name in the checkpoint, e.g. `model.norm.weight`."""
-    dtype: str
-    """`F32` or `BF16`."""
-    shape: tuple[int, ...]
-    """Shape of the tensor."""
-    offset: int
-    """First byte in the file."""
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.num_elements * ITEM_BYTES[self.dtype]
-
-
-Layout = tuple[TensorEntry, ...]
-"""All tensors of a model, in the order of their bytes."""
-
-
-def plan_layout(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> Layout:
-    """Place (name, dtype, shape) behind each other."""
-    entries, offset = [], 0
-    for name, dtype, shape in tensors:
-        entry = TensorEntry(name=name, dtype=dtype, shape=tuple(shape), offset=offset)
-        entries.append(entry)
-        offset += -(-entry.num_bytes // ALIGNMENT) * ALIGNMENT
-    return tuple(entries)
+_log = logging.getLogger(__name__)
+MAX_SHADOWS = 3
+"""Shadows of one replica: one is served, one is filled, and while a peer reads one a third."""
 
 
 class Shadow:
-    """Weights of one version. Writable here, mapped by engine workers."""
+    """Weights of one version. Writable here, mapped by engine workers.
+
+    Raises:
+        OSError, OverflowError, ValueError: no memory for so much.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.checked: dict[str, bytes] = {}
+        """As WeightBuffer has it: stays while the shadow waits to be filled again."""
+        self.version = 0
+        """Version whose values it has; 0 while they are being written."""
+        self.base_digest = b""
+        """Over the digests of all tensors but adapters', once it has its version's values: shadows
+        in which it is equal have equal ones."""
+        self.num_readers = 0
+        """Streams that read it."""
         self._entries = {entry.name: entry for entry in layout}
-        end = max((entry.offset + entry.num_bytes for entry in layout), default=0)
+        size = max(end_of(layout), 1)
         self._file = os.memfd_create("understudy-shadow", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._file, max(end, 1))
-            self._map = mmap.mmap(self._file, max(end, 1))
+            os.ftruncate(self._file, size)
+            self._map = mmap.mmap(self._file, size)
         except (OSError, OverflowError, ValueError):
             self.close()
             raise
@@ -78,14 +54,23 @@ class Shadow:
         """Path under which processes of the same user can map the file."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
-    def tensor_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+    def tensor_bytes(self, name: str) -> ByteArray:
         """The tensor's bytes: a writable view."""
         entry = self._entries[name]
         return np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.offset)
 
-    def __iter__(self) -> Iterator[tuple[TensorEntry, npt.NDArray[np.uint8]]]:
+    def __iter__(self) -> Iterator[tuple[TensorEntry, ByteArray]]:
         for entry in self.layout:
             yield entry, self.tensor_bytes(entry.name)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Rather not be overwritten meanwhile; `version` tells whether it was."""
+        self.num_readers += 1
+        try:
+            yield
+        finally:
+            self.num_readers -= 1
 
     def close(self) -> None:
         """Give the memory back once nobody maps it. Idempotent."""
@@ -94,9 +79,42 @@ class Shadow:
             self._file = -1
 
 
-def all_finite(dtype: str, data: npt.NDArray[np.uint8]) -> bool:
-    """Whether no value is infinite or NaN."""
-    if dtype == "F32":
-        return bool(np.isfinite(data.view("<f4")).all())
-    exponent = data.view("<u2") & np.uint16(0x7F80)
-    return bool((exponent != 0x7F80).all())
+class ShadowPool:
+    """The shadows of one replica, which take turns. Host memory is twice the model, or three times
+    while a peer reads a version that is not the newest any more."""
+
+    def __init__(self) -> None:
+        self._shadows: list[Shadow] = []
+
+    def take(self, layout: Layout, needed: Collection[Shadow]) -> Shadow:
+        """A shadow to write to; one that peers read only if there would be too many.
+
+        Args:
+            layout: of what is to be written.
+            needed: shadows that have to stay as they are, two at most.
+
+        Raises:
+            OSError, OverflowError, ValueError: no memory for so much.
+        """
+        assert len(needed) < MAX_SHADOWS
+        for shadow in [one for one in self._shadows if one not in needed]:
+            if shadow.layout != layout:
+                self._drop(shadow)
+        free = [shadow for shadow in self._shadows if shadow not in needed]
+        free.sort(key=lambda shadow: shadow.num_readers)
+        for surplus in [one for one in free[1:] if not one.num_readers]:
+            self._drop(surplus)
+        if free and (not free[0].num_readers or len(self._shadows) >= MAX_SHADOWS):
+            taken = free[0]
+        else:
+            taken = Shadow(layout)
+            self._shadows.append(taken)
+        if taken.num_readers:
+            _log.warning("version %d ends for %d readers", taken.version, taken.num_readers)
+        taken.version = 0
+        return taken
+
+    def _drop(self, shadow: Shadow) -> None:
+        shadow.version = 0
+        shadow.close()
+        self._shadows.remove(shadow)

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +12,20 @@ import pytest_asyncio
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from conftest import serving
 from inference.engine import EngineError, Generation, GenerationRequest, WeightLoadError
+from inference.servicer import InferenceServicer
 from inference.subscriber import WeightSubscriber
 from inference.vllm_engine import VllmEngine
-from inference_helpers import WeightStore, fill_shadow, pack
-from understudy.config import InferenceConfig, ModelConfig, NetworkConfig
-from understudy.rpc import open_channel
+from inference_helpers import WeightStore, fill_shadow, pack, upstream_of
+from practice_agents import play_practice
+from recording_helpers import client_of, recordings
+from test_actor import make_lease
+from understudy.chat import ChatFormat
+from understudy.config import InferenceConfig, ModelConfig
+from understudy.rpc import RoleControl, Service
 from understudy.trajectory import FloatArray, IntArray
-from understudy.v1 import weight_pb2
+from understudy.v1 import common_pb2, inference_pb2_grpc, weight_pb2
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -67,7 +75,7 @@ def reference_logprobs(
 async def start_engine(folder: Path, model: Qwen3ForCausalLM, kv_on_update: str) -> VllmEngine:
     model.config.save_pretrained(folder)
     config = InferenceConfig(
-        max_model_len=512, max_running=16, enforce_eager=True, cpu_kv_cache_gib=0.25,
+        max_model_len=1024, max_running=16, enforce_eager=True, cpu_kv_cache_gib=0.25,
         kv_on_update=kv_on_update,
     )  # fmt: skip
     engine = VllmEngine(config, ModelConfig(path=folder, dtype="float32"))
@@ -112,6 +120,20 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     await engine.stop()
 
 
+@asynccontextmanager
+async def serve_engine(engine: VllmEngine) -> AsyncIterator[str]:
+    """An inference server of an engine that runs."""
+    control = RoleControl("inference")
+    control.serving()
+    service = Service(
+        name="understudy.v1.InferenceService",
+        add=inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+        servicer=InferenceServicer(engine, InferenceConfig(), control),
+    )
+    async with serving(service, role="inference") as address:
+        yield address
+
+
 async def test_greedy_reply_takes_the_likeliest_token(served: Served) -> None:
     reply = await served.generate(temperature=0.0)
     tokens = np.concatenate([PROMPT, reply.token_ids])
@@ -137,6 +159,87 @@ async def test_replies_in_one_batch_have_right_logprobs(served: Served) -> None:
         tokens = np.concatenate([PROMPT, reply.token_ids])
         expected = reference_logprobs(served.model, tokens)[len(PROMPT) - 1 :]
         np.testing.assert_allclose(reply.logprobs, expected, atol=TOLERANCE)
+
+
+async def test_what_the_recording_endpoint_records_is_what_was_sampled(
+    served: Served, chat: ChatFormat, bundle: Path
+) -> None:
+    """A plain client's conversation of three turns, and one that forks off after the first."""
+    async with serve_engine(served.engine) as inference:
+        async with recordings(chat, bundle, inference) as endpoint:
+            lease = make_lease("echo", 0, max_tokens=500, max_turns=9)
+            lease.sampling.max_new_tokens = 24
+            with endpoint.session(lease) as session:
+                client = client_of(session.url)
+                first = await _turns(client, [{"role": "user", "content": "Say 7."}], 3)
+                await _turns(client, [*first[:2], {"role": "user", "content": "Or 8."}], 1)
+    segments = session.recorder.segments()
+    assert [len(segment.logprobs) for segment in segments] == [72, 24]
+    np.testing.assert_array_equal(  # a fork has the very tokens that were sampled before it
+        segments[1].token_ids[: len(chat.encode("<|im_start|>user\nSay 7.")) + 24],
+        segments[0].token_ids[: len(chat.encode("<|im_start|>user\nSay 7.")) + 24],
+    )
+    for segment in segments:
+        expected = reference_logprobs(served.model, segment.token_ids)[segment.loss_mask[1:]]
+        np.testing.assert_allclose(segment.logprobs, expected, atol=TOLERANCE)
+        replayed = await served.engine.prompt_logprobs(segment.token_ids)
+        again = replayed[segment.loss_mask[1:]]
+        np.testing.assert_allclose(segment.logprobs, again, atol=TOLERANCE)
+
+
+async def _turns(client: Any, messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Talk on; an untrained model says anything, and never ends by itself."""
+    messages = list(messages)
+    for _ in range(number):
+        completion = await client.chat.completions.create(model="m", messages=messages)
+        content = completion.choices[0].message.content
+        messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "On."}]
+    return messages
+
+
+class Prompted(ChatFormat):
+    """Reads the next line of a script in whatever was sampled, which stays as it was sampled."""
+
+    lines: tuple[str, ...] = ()
+
+    def decode(self, token_ids: IntArray) -> str:
+        if not self.lines:
+            return super().decode(token_ids)
+        line, *self.lines = self.lines
+        return line
+
+
+async def test_all_parts_of_an_agent_are_recorded_as_they_were_sampled(
+    served: Served, bundle: Path
+) -> None:
+    """A planner, and a searcher that does not learn. The model is untrained: what it samples is
+    taken for their lines, and every twentieth token for the end of a reply."""
+    chat = Prompted.load(bundle, "signatures")
+    chat.stop_token_ids = tuple(range(0, VOCAB_SIZE, 20))
+    chat.stop_texts = dict.fromkeys(chat.stop_token_ids, "<|im_end|>")
+    ask = '<tool_call>{"name": "searcher", "arguments": {"request": "Which age?"}}</tool_call>'
+    look = '<tool_call>{"name": "lookup", "arguments": {"entity": "A", "field": "age"}}</tool_call>'
+    chat.lines = (ask, look, "Nobody.", ask, "Still nobody.", "unknown")
+    agents = {
+        "planner": {"system": "Plan.", "tools": [], "sub_agents": ["searcher"]},
+        "searcher": {"system": "Look it up.", "tools": ["lookup"], "trainable": False},
+    }
+    lease = make_lease("practice", 3, max_tokens=1000, max_turns=9)
+    lease.sampling.MergeFrom(common_pb2.SamplingParameters(max_new_tokens=300, seed=5))
+    async with serve_engine(served.engine) as inference:
+        trajectory = await play_practice(chat, bundle, inference, agents, lease)
+    assert trajectory.detail == ""
+    parts = [(segment.part, segment.frozen) for segment in trajectory.segments]
+    assert parts == [("planner", False), *[("searcher", True)] * 2]
+    assert [turn.segment for turn in trajectory.turns] == [0, 1, 1, 0, 2, 0]
+    for segment in trajectory.segments:
+        assert {span.version for span in segment.version_spans} == {served.engine.version}
+        expected = reference_logprobs(served.model, segment.token_ids)[segment.loss_mask[1:]]
+        np.testing.assert_allclose(segment.logprobs, expected, atol=TOLERANCE)
+        replayed = await served.engine.prompt_logprobs(segment.token_ids)
+        again = replayed[segment.loss_mask[1:]]
+        np.testing.assert_allclose(segment.logprobs, again, atol=TOLERANCE)
+    assert len({segment.logprobs[0] for segment in trajectory.segments}) == 3  # seeds of their own
 
 
 async def test_seed_repeats_a_reply(served: Served) -> None:
@@ -219,6 +322,63 @@ async def test_incomplete_weights_are_refused_and_the_old_ones_come_back(
     np.testing.assert_allclose(got, reference_logprobs(served.model, PROMPT), atol=TOLERANCE)
 
 
+async def test_patch_that_cannot_be_applied_is_healed_by_loading_everything(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(served.engine, "_patches", True)  # on CPUs linear layers are packed
+    model = make_model(22)
+    await served.load(22)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.view(-1)[::7] += 0.01
+    version = served.engine.version + 1
+    await served.engine.load_weights(fill_shadow(checkpoint(model)), version)
+    assert "patch of the weights failed half-way" in caplog.text
+    served.model = model
+    got = await served.engine.prompt_logprobs(PROMPT)
+    np.testing.assert_allclose(got, reference_logprobs(model, PROMPT), atol=TOLERANCE)
+    (span,) = (await served.generate()).version_spans
+    assert span.version == version
+
+
+async def test_requests_run_on_while_deltas_from_the_store_are_applied(
+    served: Served, tmp_path: Path
+) -> None:
+    model, store = make_model(40), WeightStore(tmp_path)
+    tensors, version = checkpoint(model), served.engine.version + 1
+    async with upstream_of(await store.start()) as upstream:
+        task = asyncio.create_task(WeightSubscriber(upstream, served.engine, "replica").run())
+        await store.announce(pack(tensors, version))
+        await store.wait_for_report(version)
+        running = [asyncio.create_task(served.generate(400, seed=index)) for index in range(4)]
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            before = {name: value.copy() for name, value in tensors.items()}
+            for value in tensors.values():  # these are the model's own
+                value.reshape(-1)[::50] += 0.01
+            version += 1
+            await store.announce(pack(tensors, version, base=(version - 1, before)))
+            await store.wait_for_report(version)
+        for reply in await asyncio.gather(*running):
+            versions = [span.version for span in reply.version_spans]
+            assert versions == sorted(versions)
+            assert set(versions) <= set(range(version - 3, version + 1))
+            assert len(versions) > 1
+            assert reply.version_spans[-1].end == 400
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await store.server.stop(0)
+    served.model = model
+    assert [request.base_version for request in store.requests] == [
+        0,
+        version - 3,
+        version - 2,
+        version - 1,
+    ]
+    got = await served.engine.prompt_logprobs(PROMPT)
+    np.testing.assert_allclose(got, reference_logprobs(model, PROMPT), atol=TOLERANCE)
+
+
 async def test_store_to_engine_agrees_with_the_learner(served: Served, tmp_path: Path) -> None:
     model = make_model(30)
     probe = weight_pb2.LogprobProbe(
@@ -226,12 +386,11 @@ async def test_store_to_engine_agrees_with_the_learner(served: Served, tmp_path:
         logprobs=reference_logprobs(model, PROMPT).astype("<f4").tobytes(),
     )
     store = WeightStore(tmp_path)
-    network = NetworkConfig(learner=await store.start())
     version = served.engine.version + 1
-    async with open_channel(network.learner, network) as channel:
-        subscriber = WeightSubscriber(channel, served.engine, "replica", network)
+    async with upstream_of(await store.start()) as upstream:
+        subscriber = WeightSubscriber(upstream, served.engine, "replica")
         task = asyncio.create_task(subscriber.run())
-        await store.announce(*pack(checkpoint(model), version, probe=probe))
+        await store.announce(pack(checkpoint(model), version, probe=probe))
         report = await store.wait_for_report(version)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

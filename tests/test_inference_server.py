@@ -226,7 +226,7 @@ async def test_process_serves_after_first_weights_and_drains(tmp_path: Path) -> 
         await client.wait_ready()
         error = await refused(client.generate(PROMPT, SAMPLING))
         assert error_reason(error) == "NO_WEIGHTS"
-        await store.announce(*pack(WEIGHTS, 1))
+        await store.announce(pack(WEIGHTS, 1))
         await store.wait_for_report(1)
         assert (await client.generate(PROMPT, SAMPLING)).token_ids.tolist() == [OK, STOP]
         assert (await client.describe()).bundle_digest == "b1"
