@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
+
+from envserver.tools.tool import Observation, Tool, describe
 
 MAX_CHARS = 100
 MAX_DEPTH = 20
@@ -26,6 +29,18 @@ _UNARY: dict[type[ast.unaryop], Callable[[Fraction], Fraction]] = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
+
+
+class Calculator(Tool):
+    """Works out arithmetic."""
+
+    spec = describe(
+        "calculate", "Work out an arithmetic expression.", expression="For example 12 + 30"
+    )
+
+    async def call(self, **arguments: Any) -> Observation:
+        """The value, bare."""
+        return Observation(text=calculate(arguments["expression"]))
 
 
 def calculate(expression: str) -> str:
