@@ -1,8 +1,9 @@
-"""GAIA's scoring rules, case by case."""
+"""GAIA's scoring rules, case by case, each with its reason."""
 
 import pytest
 
-from envserver.suites.gaia_scoring import final_answer, is_correct
+from envserver.suites.gaia_scoring import is_correct
+from understudy.evaluation import final_answer
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,56 @@ from envserver.suites.gaia_scoring import final_answer, is_correct
         (None, "None", False, "only text is an answer"),
         (42, "42", False, "a number object is not text"),
         ("\ud800", "Mara", False, "a lone surrogate is just a wrong answer"),
+        # Numbers, further.
+        ("1,2,3", "123", True, "every comma leaves a number, wherever it stands"),
+        ("1 234", "1234", False, "a space within does not"),
+        ("50%", "50", True, "a percentage is its number, not its share"),
+        ("50%", "0.5", False, "so it is not a half"),
+        ("US$42", "42", False, "letters stay"),
+        ("42$", "42", True, "the dollar sign may follow"),
+        ("\u20ac42", "42", False, "no other currency leaves"),
+        ("1.234,5", "1234.5", False, "a comma is no decimal point"),
+        (".5", "0.50", True, "floats are read, not digits compared"),
+        ("1_000", "1000", True, "float() reads underscores between digits"),
+        ("1e3", "1000.0", True, "scientific notation on one side only"),
+        ("+42", "42", True, "a plus sign says nothing"),
+        ("0.30000000000000004", "0.3", False, "no tolerance, not even for rounding"),
+        ("0.1", "0.10000000000000000001", True, "but what is one float is one number"),
+        ("\uff14\uff12", "42", True, "digits of any script are digits to float()"),
+        ("\u221242", "-42", False, "the minus sign of typography is none to float()"),
+        ("\u00a042", "42", True, "a no-break space is whitespace"),
+        ("", "0", False, "nothing is not zero"),
+        ("%", "0", False, "nor are signs that leave nothing"),
+        ("n/a", "inf", False, "what is no number does not equal infinity either"),
+        ("42, 43", "42", False, "two numbers run together into another one"),
+        # Lists, further.
+        ("3;4", "3, 4", True, "the separators of both sides need not be the same"),
+        ("3,4;5", "3;4,5", True, "nor in the same places"),
+        ("a, b,", "a, b", False, "a separator at the end begins one more element"),
+        ("a,,b", "a,b", False, "and two in a row hold an empty one between"),
+        ("a,,b", "a;;b", True, "empty elements equal each other"),
+        ("[a, b]", "a, b", False, "brackets are punctuation, and that counts here"),
+        ("a and b", "a, b", False, "a word separates nothing"),
+        ("1, two", "1, 2", False, "words are no numbers in lists either"),
+        ("1; b", "1.00; B", True, "each element is read by its own truth"),
+        ("a b, c", "ab,c", True, "whitespace is ignored within elements"),
+        ("$1,000; 2", "1000; 2", False, "a thousands separator splits where a list is due"),
+        ("paris, london", "Paris; London", True, "case is ignored in elements"),
+        ("caf\u00e9, th\u00e9", "CAF\u00c9, TH\u00c9", True, "of any letters"),
+        # Text, further.
+        ("rock 'n' roll", "Rock n Roll", True, "quotes are punctuation"),
+        ("rock \u2019n\u2019 roll", "Rock n Roll", False, "those of typography are not ASCII's"),
+        ("well\u2013known", "well-known", False, "nor is the en dash"),
+        ("Stra\u00dfe", "STRASSE", False, "lower case is not case folding"),
+        ("cafe\u0301", "caf\u00e9", False, "composed and decomposed letters differ"),
+        ("Ma\u200bra", "Mara", False, "a zero-width space is no whitespace"),
+        ("\u6771\u4eac", " \u6771 \u4eac ", True, "any script, whitespace aside"),
+        ("a/b", "ab", True, "a slash is punctuation"),
+        ("C++", "C", True, "and so is what tells these two apart"),
+        ("the Mara", "Mara", False, "articles count"),
+        ("17 apples", "17 apple", False, "and so does the plural"),
+        ("None", "None", True, "the word as text is an answer like any other"),
+        (["a"], "a", False, "a list object is not text"),
     ],
 )
 def test_score(answer, truth, correct, reason):

@@ -229,3 +229,10 @@ def test_the_command_writes_chat_json_lines(tmp_path):
         assert roles[:2] == ["system", "user"]
         assert roles[2:] == ["assistant", "tool"] * len(_calls(line)) + ["assistant"]
         assert {tool["name"] for tool in line["tools"]} >= {call["name"] for call in _calls(line)}
+
+
+def test_a_task_s_tags_are_the_tools_that_the_expert_calls():
+    for demonstration in demonstrations(60, seed=3):
+        split, level, ordinal = demonstration["task_id"].removeprefix("practice-").split("-")
+        tags = PracticeSuite().open(split, int(ordinal)).reset().tags
+        assert sorted({call["name"] for call in _calls(demonstration)}) == tags, level

@@ -6,9 +6,9 @@ import pytest
 
 from envserver.environment import ToolCall
 from envserver.suites.practice.attachment import Attachment
-from envserver.suites.practice.calculator import calculate
 from envserver.suites.practice.tools import TOOLS, UNKNOWN_TOOL, Toolbox
 from envserver.suites.practice.world import World
+from envserver.tools.calculator import calculate
 
 WORLD = World(
     entities={"person": ["Mara", "Hugo"], "company": ["Novacorp"], "city": ["Lindvik"]},
@@ -65,7 +65,7 @@ def test_a_good_call_is_answered_by_the_bare_value(name, arguments, observation)
         ("lookup", {"entity": "' OR 1=1 --", "field": "age"}, "Unknown entity"),
         ("lookup", {"entity": "Mara", "field": "staff"}, "Unknown field; use age, employer, "),
         ("lookup", {"entity": "Lindvik", "field": "\ud800"}, "Unknown field; use mayor, popul"),
-        ("lookup", {"entity": "Mara", "field": 3}, "Wrong type; every argument is a string."),
+        ("lookup", {"entity": "Mara", "field": 3}, "Wrong type; field is a string."),
         ("search", {"query": None}, "Wrong type"),
         ("search", {"query": ["chess"]}, "Wrong type"),
         ("search", {"query": "chess", "limit": 3}, "Wrong arguments; search takes query."),

@@ -1,6 +1,6 @@
 """Chains of tool calls, and the noun phrases that ask for what they find.
 
-A chain starts at a name, at a word to search for, or at a CSV cell, and then follows fields:
+A chain starts at a name, at a word to search for, or at a cell, and then follows fields:
 
     the age of Mara                                     lookup
     the person who likes chess                          search
@@ -13,19 +13,12 @@ from dataclasses import dataclass
 from random import Random
 
 from envserver.environment import ToolCall
-from envserver.suites.practice.attachment import COLUMNS, Attachment
-from envserver.suites.practice.world import CITY, COMPANY, FIELDS, KINDS, NUMBER, PERSON, World
+from envserver.suites.practice.attachment import Attachment
+from envserver.suites.practice.domain import NUMBER, Domain
+from envserver.suites.practice.world import World
 
 PREVIOUS = "<previous>"
 """Stands in a planned call for the entity that the call before it found."""
-
-MAX_FIELDS = 3
-
-_CLUES = {
-    PERSON: "the person who likes {}",
-    COMPANY: "the company that makes {}",
-    CITY: "the city with a {}",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,73 +33,67 @@ class Chain:
     result: str
 
 
-def _paths(kind: str, num_fields: int) -> list[tuple[str, ...]]:
-    """All ways to follow `num_fields` fields from an entity of a kind."""
-    if num_fields == 0:
-        return [()]
-    return [
-        (field, *rest)
-        for field, target in FIELDS[kind].items()
-        if target != NUMBER or num_fields == 1
-        for rest in _paths(target, num_fields - 1)
-    ]
+class Chains:
+    """Draws the chains of one task."""
 
+    def __init__(self, rng: Random, domain: Domain, world: World, attachment: Attachment) -> None:
+        self._rng = rng
+        self._domain = domain
+        self._world = world
+        self._attachment = attachment
 
-def _end(kind: str, path: tuple[str, ...]) -> str:
-    for field in path:
-        kind = FIELDS[kind][field]
-    return kind
+    def draw(self, num_calls: int, *, to_number: bool) -> Chain:
+        """A chain of `num_calls`, that ends at a number if it has to."""
+        kind = self._rng.random()
+        if num_calls == 1 and kind < 0.3:
+            return self._cell()
+        if kind > 0.75 and not (num_calls == 1 and to_number):
+            return self._searched(num_calls, to_number)
+        return self._named(num_calls, to_number)
 
+    def _named(self, num_calls: int, to_number: bool) -> Chain:
+        """A chain of `num_calls` look-ups from a named entity."""
+        kind, path = self._path(num_calls, to_number)
+        name = self._rng.choice(self._world.entities[kind])
+        start = Chain(phrase=name, calls=(), kind=kind, result=name)
+        return self._follow(start, name, path)
 
-_ALL = {
-    n: [(kind, path) for kind in KINDS for path in _paths(kind, n)] for n in range(MAX_FIELDS + 1)
-}
-_TO_NUMBERS = {
-    n: [(k, p) for k, p in _ALL[n] if _end(k, p) == NUMBER] for n in range(MAX_FIELDS + 1)
-}
+    def _searched(self, num_calls: int, to_number: bool) -> Chain:
+        """One search and `num_calls - 1` look-ups; a search alone finds no number."""
+        kind, path = self._path(num_calls - 1, to_number)
+        name = self._rng.choice(self._world.entities[kind])
+        clue = self._world.known_for[name]
+        start = Chain(
+            phrase=self._domain.clues[kind].format(clue),
+            calls=(self._domain.search(clue),),
+            kind=kind,
+            result=name,
+        )
+        return self._follow(start, PREVIOUS, path)
 
+    def _cell(self) -> Chain:
+        """A chain of one call: a cell of the attachment."""
+        table, file = self._attachment.table(), self._attachment.file_name
+        row, column = self._rng.choice(list(table)), self._rng.choice(self._domain.columns)
+        return Chain(
+            phrase=self._domain.cell.format(column=column, row=row, file=file),
+            calls=(self._domain.read_cell(file, row, column),),
+            kind=NUMBER,
+            result=table[row][column],
+        )
 
-def named_chain(rng: Random, world: World, num_calls: int, *, to_number: bool) -> Chain:
-    """A chain of `num_calls` look-ups from a named entity."""
-    kind, path = rng.choice((_TO_NUMBERS if to_number else _ALL)[num_calls])
-    name = rng.choice(world.entities[kind])
-    start = Chain(phrase=name, calls=(), kind=kind, result=name)
-    return _follow(world, start, name, path)
+    def _path(self, num_fields: int, to_number: bool) -> tuple[str, tuple[str, ...]]:
+        domain = self._domain
+        return self._rng.choice(
+            (domain.paths_to_numbers if to_number else domain.paths)[num_fields]
+        )
 
-
-def searched_chain(rng: Random, world: World, num_calls: int, *, to_number: bool) -> Chain:
-    """A chain of one search and `num_calls - 1` look-ups; a search alone finds no number."""
-    kind, path = rng.choice((_TO_NUMBERS if to_number else _ALL)[num_calls - 1])
-    name = rng.choice(world.entities[kind])
-    clue = world.known_for[name]
-    start = Chain(
-        phrase=_CLUES[kind].format(clue),
-        calls=(ToolCall(name="search", arguments={"query": clue}),),
-        kind=kind,
-        result=name,
-    )
-    return _follow(world, start, PREVIOUS, path)
-
-
-def cell_chain(rng: Random, attachment: Attachment) -> Chain:
-    """A chain of one call: a cell of the attachment."""
-    table = attachment.table()
-    row, column = rng.choice(list(table)), rng.choice(COLUMNS)
-    arguments = {"file": attachment.file_name, "row": row, "column": column}
-    return Chain(
-        phrase=f"the {column} of {row} in {attachment.file_name}",
-        calls=(ToolCall(name="read_csv", arguments=arguments),),
-        kind=NUMBER,
-        result=table[row][column],
-    )
-
-
-def _follow(world: World, start: Chain, entity: str, path: tuple[str, ...]) -> Chain:
-    """Extend `start` by look-ups along `path`; the first one names its `entity`."""
-    phrase, calls, result = start.phrase, list(start.calls), start.result
-    for field in path:
-        phrase = f"the {field} of {phrase}"
-        calls.append(ToolCall(name="lookup", arguments={"entity": entity, "field": field}))
-        entity, result = PREVIOUS, world.facts[result][field]
-    kind = _end(start.kind, path)
-    return Chain(phrase=phrase, calls=tuple(calls), kind=kind, result=result)
+    def _follow(self, start: Chain, entity: str, path: tuple[str, ...]) -> Chain:
+        """Extend `start` by look-ups along `path`; the first one names its `entity`."""
+        phrase, calls, kind, result = start.phrase, list(start.calls), start.kind, start.result
+        for field in path:
+            phrase = self._domain.of.format(field=field, entity=phrase)
+            calls.append(self._domain.look_up(kind, entity, field))
+            kind, entity = self._domain.fields[kind][field], PREVIOUS
+            result = self._world.facts[result][field]
+        return Chain(phrase=phrase, calls=tuple(calls), kind=kind, result=result)

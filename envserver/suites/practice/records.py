@@ -5,14 +5,15 @@ Both tables are made on first use, because most episodes need only one of them.
 
 import re
 import sqlite3
+from collections.abc import Iterator
 from functools import cached_property
 
+from envserver.suites.practice.people import SENTENCES
 from envserver.suites.practice.world import World
+from envserver.tools.corpus import encodable, match_expressions, open_database
 
 MAX_LINES = 2
-MAX_QUERY_CHARS = 200
 
-_WORD = re.compile(r"[^\W_]+")
 _SENTENCE_END = re.compile(r"(?<=\.) ")
 
 
@@ -25,7 +26,7 @@ class Records:
     def lookup(self, entity: str, field: str) -> str:
         """The value of an entity's field. Raises ValueError, with a remedy, if there is none."""
         query = "SELECT field, value FROM facts WHERE entity = ?"
-        facts = dict(self._facts.execute(query, (_encodable(entity.strip()),)))
+        facts = dict(self._facts.execute(query, (encodable(entity.strip()),)))
         if not facts:
             raise ValueError("Unknown entity; use a name, or search for it.")
         value = facts.get(field.strip().lower())
@@ -39,9 +40,8 @@ class Records:
         A document matches if it holds all words of the query, or else any of them; nothing in
         the query is read as syntax. Raises ValueError, with a remedy, if nothing matches.
         """
-        words = [f'"{word}"' for word in _WORD.findall(query[:MAX_QUERY_CHARS])]
-        for joiner in (" AND ", " OR "):
-            if words and (lines := self._match(joiner.join(words))):
+        for expression in match_expressions(query):
+            if lines := self._match(expression):
                 return "\n".join(lines)
         raise ValueError("Nothing found; try one other word.")
 
@@ -53,7 +53,7 @@ class Records:
 
     @cached_property
     def _facts(self) -> sqlite3.Connection:
-        connection = _in_memory()
+        connection = open_database()
         connection.execute(
             "CREATE TABLE facts (entity TEXT COLLATE NOCASE, field TEXT, value TEXT,"
             " PRIMARY KEY (entity, field)) WITHOUT ROWID"
@@ -65,11 +65,11 @@ class Records:
 
     @cached_property
     def _documents(self) -> sqlite3.Connection:
-        connection = _in_memory()
+        connection = open_database()
         connection.execute(
             "CREATE VIRTUAL TABLE documents USING fts5(body, tokenize='porter unicode61')"
         )
-        rows = ((document,) for document in self._world.documents())
+        rows = ((document,) for document in _documents(self._world))
         connection.executemany("INSERT INTO documents VALUES (?)", rows)
         return connection
 
@@ -82,13 +82,11 @@ class Records:
         return [_best_sentence(body) for (body,) in rows]
 
 
-def _in_memory() -> sqlite3.Connection:
-    return sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
-
-
-def _encodable(text: str) -> str:
-    """`text` with lone surrogates replaced, which SQLite could not take."""
-    return text.encode("utf-8", "replace").decode()
+def _documents(world: World) -> Iterator[str]:
+    """One short document per entity."""
+    for kind, sentences in SENTENCES.items():
+        for name in world.entities[kind]:
+            yield sentences.format(name, known_for=world.known_for[name], **world.facts[name])
 
 
 def _best_sentence(highlighted: str) -> str:
