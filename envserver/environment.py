@@ -28,7 +28,12 @@ loop, for tools that wait for others. A suite is registered under the entry-poin
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from understudy.config.base import Section
+
+if TYPE_CHECKING:
+    from envserver.sandbox import Pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,11 @@ class Reset:
     messages: Sequence[Message]
     """System and user messages that open the conversation."""
     tools: Sequence[ToolSpec] = ()
+    tags: Sequence[str] = ()
+    """Kinds that the task is of, e.g. the tools that it takes; evaluations are broken down by
+    them."""
+    unscored: bool = False
+    """The right answer is not known here: rewards of this episode say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +102,10 @@ class ToolOutcome:
 
     name: str
     ok: bool
+    cut: bool = False
+    """The observation was shortened; counted as `cut`."""
+    limit: str = ""
+    """The limit of the sandbox that ended it, e.g. `time`; counted in place of `error`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +139,7 @@ class SuiteDescription:
 
 
 class Environment(ABC):
-    """One episode of one task; it lives as long as its session stream."""
+    """One episode of one task; it lives as long as its session."""
 
     @abstractmethod
     def reset(self) -> Reset:
@@ -154,14 +168,30 @@ class AsyncEnvironment(ABC):
         """Free what the episode holds; called exactly once, also after a failure."""
 
 
+class DrivenEnvironment(AsyncEnvironment):
+    """Leads the conversation itself: it calls the policy over `endpoint`, and its only step, with
+    no calls and no text, is answered when that has ended. The session's end cancels the step."""
+
+    endpoint: str = ""
+    """Base URL of an OpenAI-compatible endpoint, for this episode alone; set before `reset`.
+    Whoever knows it speaks with the policy, so it is not to be logged."""
+
+
 class Suite(ABC):
     """A named set of tasks with an environment and a grader. One instance serves all episodes."""
 
     name: str
+    Options: ClassVar[type[Section] | None] = None
+    """What `[envserver.suites.NAME]` may say beside `adapter`. A suite that has such a model is
+    made with (NAME, options), where options is an instance of it; one without, with nothing."""
     blocking: bool = True
     """False where opening a task and every call of its Environment returns within about a
     millisecond and never waits: then they run on the event loop, which saves a change of threads
     each."""
+    needs_sandbox: bool = False
+    """True where tools or the grader run in boxes. The server then opens the sandbox, sets
+    `sandbox` before the first task is opened, and refuses to start if the sandbox does not hold."""
+    sandbox: "Pool"
 
     @abstractmethod
     def describe(self) -> SuiteDescription:

@@ -1,44 +1,56 @@
 """One episode on the server: order of calls, where they run, how long they may take."""
 
 import asyncio
+import contextlib
 import functools
 import logging
+import re
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import grpc
 
-from envserver.environment import Action, AsyncEnvironment, Environment, Reset, Step
+from envserver.environment import (
+    Action,
+    AsyncEnvironment,
+    DrivenEnvironment,
+    Environment,
+    Reset,
+    Step,
+)
 from understudy.rpc import ServiceError
 
+MAX_ENDPOINT_CHARACTERS = 2048
+_ENDPOINT = re.compile(r"https?://[^\s?#]+")
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_closing: set[asyncio.Task[None]] = set()
-"""Environments that are being closed; the event loop itself holds tasks only weakly."""
 
 
 @dataclass
 class _Job:
-    """A blocking call; `left` and `done` are told apart under the lock of its Workers."""
+    """A blocking call; what has become of it is told apart under the lock of its Workers."""
 
     call: Callable[[], Any]
-    future: "Future[Any]" = field(default_factory=Future)
+    future: "asyncio.Future[Any]"
+    begun: bool = False
     left: bool = False
+    result: Any = None
+    error: Exception | None = None
     done: bool = False
 
     def run(self) -> None:
         try:
-            self.future.set_result(self.call())
+            self.result = self.call()
         except Exception as error:
             # The event loop would take a StopIteration for its own and never end the await.
             stop = isinstance(error, StopIteration)
-            self.future.set_exception(RuntimeError(repr(error)) if stop else error)
+            self.error = RuntimeError(repr(error)) if stop else error
         except BaseException as error:  # sys.exit in a user's code ends its episode, nothing else
-            self.future.set_exception(RuntimeError(repr(error)))
+            self.error = RuntimeError(repr(error))
 
 
 class Workers:
@@ -53,15 +65,19 @@ class Workers:
         self._num_threads = num_threads
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._done: deque[_Job] = deque()
+        self._told = False
+        """The event loop knows that there is something done."""
         for _ in range(num_threads):
             self._start_thread()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run a blocking call; when cancelled, by a timeout or otherwise, leave it."""
-        job = _Job(functools.partial(function, *arguments))
+        future = asyncio.get_running_loop().create_future()
+        job = _Job(functools.partial(function, *arguments), future)
         self._jobs.put(job)
         try:
-            result: T = await asyncio.wrap_future(job.future)
+            result: T = await future
             return result
         except asyncio.CancelledError:
             self._leave(job)
@@ -77,23 +93,44 @@ class Workers:
 
     def _work(self) -> None:
         while job := self._jobs.get():
-            if not job.future.set_running_or_notify_cancel():
-                continue
+            with self._lock:
+                if job.left:
+                    continue
+                job.begun = True
             job.run()
             with self._lock:
                 job.done = True
                 if job.left:
                     return
+            self._done.append(job)
+            if not self._told:  # once for all that end before the event loop looks
+                self._told = True
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # the loop has ended, and who waited with it
+                    job.future.get_loop().call_soon_threadsafe(self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._told = False
+        while self._done:
+            job = self._done.popleft()
+            if job.future.done():  # cancelled
+                continue
+            if job.error:
+                job.future.set_exception(job.error)
+            else:
+                job.future.set_result(job.result)
 
     def _leave(self, job: _Job) -> None:
         with self._lock:
-            job.left = not job.done and not job.future.cancelled()
-        if job.left:
+            job.left = True
+            hangs = job.begun and not job.done
+        if hangs:
             self._start_thread()
 
 
-async def guard(name: str, timeout: float, work: Coroutine[Any, Any, T]) -> T:
-    """Await what runs a user's code, and attribute what comes out of it.
+async def guard(name: str, timeout: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """Await what runs a user's code, for `timeout` seconds if any, and attribute what comes of it.
 
     Raises:
         ServiceError: STEP_TIMEOUT, ENVIRONMENT_FAILED, or one that the work raised itself.
@@ -132,11 +169,38 @@ class Episode:
         in seconds that each may take."""
         self._environment = environment
         self._workers = workers
-        self._timeout = timeout
+        # What runs on the event loop and never waits cannot be ended by a timer either.
+        self.waits = workers is not None or isinstance(environment, AsyncEnvironment)
+        self._timeout = timeout if self.waits else None
         self._turn = -1
         self._last: tuple[Action, Step] | None = None
         self._hung = False
         self.ended = False
+
+    def drive(self, endpoint: str) -> bool:
+        """Give an environment that leads the conversation its endpoint; returns whether it does.
+
+        Raises:
+            ServiceError: NO_ENDPOINT or BAD_ENDPOINT; others have no use for one, and get none.
+        """
+        if not isinstance(self._environment, DrivenEnvironment):
+            return False
+        if not endpoint:
+            raise ServiceError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NO_ENDPOINT",
+                "the suite leads the conversation itself and the reset names no endpoint; set "
+                "actor.recording_listen",
+            )
+        if len(endpoint) > MAX_ENDPOINT_CHARACTERS or not _ENDPOINT.fullmatch(endpoint):
+            raise ServiceError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "BAD_ENDPOINT",
+                "the reset's endpoint is no http or https URL of at most "
+                f"{MAX_ENDPOINT_CHARACTERS} characters",
+            )
+        self._environment.endpoint = endpoint
+        return True
 
     async def reset(self) -> Reset:
         """Start the episode. Raises ServiceError if it was started, fails or takes too long."""
@@ -160,15 +224,9 @@ class Episode:
         return step
 
     async def close(self) -> None:
-        """Free the environment, even if the caller is cancelled meanwhile."""
+        """Free the environment."""
         if self._hung:
             return
-        closing = asyncio.create_task(self._close())
-        _closing.add(closing)
-        closing.add_done_callback(_closing.discard)
-        await asyncio.shield(closing)
-
-    async def _close(self) -> None:
         try:
             await guard("close", self._timeout, self._call(self._environment.close))
         except ServiceError as error:

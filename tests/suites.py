@@ -1,7 +1,9 @@
 """Suites for tests: one that echoes, one that misbehaves on demand."""
 
 import asyncio
+import random
 import time
+import zlib
 
 from envserver.environment import (
     Action,
@@ -16,6 +18,7 @@ from envserver.environment import (
     ToolSpec,
     user_message,
 )
+from understudy.config.base import Section
 
 TOOL = ToolSpec(
     name="echo",
@@ -56,6 +59,28 @@ class EchoSuite(Suite):
         if split != "train" or task_ordinal >= 100:
             raise KeyError(f"{split}/{task_ordinal}")
         return EchoEnvironment(task_ordinal)
+
+
+class SizedOptions(Section):
+    """Options of SizedSuite."""
+
+    num_tasks: int
+
+
+class SizedSuite(EchoSuite):
+    """The echo suite with as many tasks as its options say."""
+
+    Options = SizedOptions
+
+    def __init__(self, name: str, options: SizedOptions) -> None:
+        if options.num_tasks == 13:
+            raise ValueError("13 tasks bring bad luck")
+        self.name = name
+        self.options = options
+
+    def describe(self) -> SuiteDescription:
+        splits = {"train": self.options.num_tasks}
+        return SuiteDescription(name=self.name, splits=splits, levels=(1,), digest="1")
 
 
 class FaultyEnvironment(EchoEnvironment):
@@ -113,3 +138,51 @@ class WaitingSuite(EchoSuite):
 
     def open(self, split: str, task_ordinal: int) -> Environment | AsyncEnvironment:
         return WaitingEnvironment(task_ordinal / 100)
+
+
+class ChattyEnvironment(AsyncEnvironment):
+    """Talks on for three turns, at a speed of its own; the reward is of what was said."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+        self.num_steps = 0
+
+    async def reset(self) -> Reset:
+        question = user_message(f"Say {self.ordinal}.")
+        return Reset(task_id=f"chatty-{self.ordinal}", level=1, messages=[question])
+
+    async def step(self, action: Action) -> Step:
+        await asyncio.sleep(0.1 * random.random())
+        self.num_steps += 1
+        reward = zlib.crc32(action.text.encode()) % 8 / 32
+        if self.num_steps == 3:
+            return Step(reward=reward, terminated=True)
+        return Step(reward=reward, messages=[user_message(f"{reward} and?")])
+
+
+class ChattySuite(EchoSuite):
+    """What a task answers is fixed; when, is not."""
+
+    name = "chatty"
+
+    def describe(self) -> SuiteDescription:
+        return SuiteDescription(name="chatty", splits={"train": 100}, levels=(1,), digest="1")
+
+    def open(self, split: str, task_ordinal: int) -> Environment | AsyncEnvironment:
+        return ChattyEnvironment(task_ordinal)
+
+
+class MoodyEnvironment(ChattyEnvironment):
+    """Fails now and then, unlike each time."""
+
+    async def step(self, action: Action) -> Step:
+        if random.random() < 0.1:
+            raise RuntimeError("not in the mood")
+        return await super().step(action)
+
+
+class MoodySuite(ChattySuite):
+    """The chatty suite, whose episodes take several attempts."""
+
+    def open(self, split: str, task_ordinal: int) -> Environment | AsyncEnvironment:
+        return MoodyEnvironment(task_ordinal)
