@@ -18,12 +18,12 @@ from understudy.chat import ChatFormat
 from understudy.client import Generation
 from understudy.trajectory import BoolArray, FloatArray, IntArray, Segment, VersionSpan
 
-_EMPTY = np.empty(0, np.int32)
+_NO_TOKENS = np.empty(0, np.int32)
 _OUTSIDE_ROLES = {"system", "user", "tool"}
 
 
-@dataclass
-class _Draft:
+@dataclass(eq=False)
+class Draft:
     """A segment while it grows; pieces are joined once a turn."""
 
     text: str
@@ -32,6 +32,13 @@ class _Draft:
     logprobs: list[FloatArray] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     num_sampled: int = 0
+
+    @classmethod
+    def begin(cls, text: str, token_ids: IntArray) -> "Draft":
+        """A segment that begins with a prompt."""
+        draft = cls(text="", token_ids=_NO_TOKENS, masks=[])
+        draft.append(text, token_ids, sampled=False)
+        return draft
 
     def append(self, text: str, token_ids: IntArray, sampled: bool) -> None:
         self.text += text
@@ -63,6 +70,15 @@ class _Draft:
         )
 
 
+def read_generation(chat: ChatFormat, generation: Generation) -> tuple[str, str]:
+    """Text of a reply, and that of the stop token behind it; none if the reply was cut off."""
+    ids, end = generation.token_ids, ""
+    if not generation.cut_off and len(ids):
+        end = chat.stop_texts[int(ids[-1])]
+        ids = ids[:-1]
+    return chat.decode(ids), end
+
+
 class Conversation:
     """Grows by observations and replies, and yields prompts and segments."""
 
@@ -70,7 +86,7 @@ class Conversation:
         self._chat = chat
         self._tools = chat.neutralise_all(tools)
         self._messages: list[Mapping[str, Any]] = []
-        self._drafts: list[_Draft] = []
+        self._drafts: list[Draft] = []
 
     def observe(self, messages: Sequence[Mapping[str, Any]]) -> IntArray:
         """Add messages from the environment and return the prompt of the next turn, [P] tokens.
@@ -78,30 +94,36 @@ class Conversation:
         Raises:
             ValueError: for a role that only the policy itself may speak in.
         """
-        for message in messages:
-            if message["role"] not in _OUTSIDE_ROLES:
-                raise ValueError(f"role {message['role']!r} is none of {sorted(_OUTSIDE_ROLES)}")
-        self._messages += [
-            {**message, "content": self._chat.neutralise(message["content"])}
-            for message in messages
-        ]
+        self._messages += self._checked(messages)
         text = self._chat.render(self._messages, self._tools, add_generation_prompt=True)
         if self._drafts and text.startswith(self._drafts[-1].text):
             suffix = text[len(self._drafts[-1].text) :]
             self._drafts[-1].append(suffix, self._chat.encode(suffix), sampled=False)
         else:
-            draft = _Draft(text="", token_ids=_EMPTY, masks=[])
-            draft.append(text, self._chat.encode(text), sampled=False)
-            self._drafts.append(draft)
+            self._drafts.append(Draft.begin(text, self._chat.encode(text)))
         return self._drafts[-1].token_ids
+
+    def measure(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens of the prompt that these messages would make. Raises ValueError as observe."""
+        said = [*self._messages, *self._checked(messages)]
+        text = self._chat.render(said, self._tools, add_generation_prompt=True)
+        if self._drafts and text.startswith(self._drafts[-1].text):
+            added = self._chat.encode(text[len(self._drafts[-1].text) :])
+            return len(self._drafts[-1].token_ids) + len(added)
+        return len(self._chat.encode(text))
+
+    def _checked(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        for message in messages:
+            if message["role"] not in _OUTSIDE_ROLES:
+                raise ValueError(f"role {message['role']!r} is none of {sorted(_OUTSIDE_ROLES)}")
+        return [
+            {**message, "content": self._chat.neutralise(message["content"])}
+            for message in messages
+        ]
 
     def reply(self, generation: Generation) -> str:
         """Add what the policy sampled and return its text without the stop token."""
-        ids, end = generation.token_ids, ""
-        if not generation.cut_off and len(ids):
-            end = self._chat.stop_texts[int(ids[-1])]
-            ids = ids[:-1]
-        content = self._chat.decode(ids)
+        content, end = read_generation(self._chat, generation)
         self._drafts[-1].sample(content + end, generation)
         self._messages.append({"role": "assistant", "content": content})
         return content

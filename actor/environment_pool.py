@@ -30,6 +30,13 @@ class EnvironmentPool:
         """Wait until a server answers. Raises PeerUnreachableError if none does."""
         await wait_any_ready(self._servers)
 
+    async def describe(self, suite: str) -> environment_pb2.DescribeSuiteResponse:
+        """What a suite holds. Raises ConfigError that names what there is, if it is not served."""
+        try:
+            return await self._describe(suite)
+        except grpc.aio.AioRpcError as error:
+            raise ConfigError(describe_failure(error)) from None
+
     async def check_tasks(self, suite: str, split: str, num_tasks: int) -> None:
         """Refuse tasks that the servers lack before any is played.
 
@@ -39,10 +46,7 @@ class EnvironmentPool:
         Raises:
             ConfigError: naming the suite, split or number, and what there is.
         """
-        try:
-            description = await self._describe(suite)
-        except grpc.aio.AioRpcError as error:
-            raise ConfigError(describe_failure(error)) from None
+        description = await self.describe(suite)
         sizes = {entry.name: entry.num_tasks for entry in description.splits}
         if num_tasks > sizes.get(split, 0):
             known = ", ".join(f"{name!r} with {size} tasks" for name, size in sizes.items())
@@ -62,18 +66,26 @@ class EnvironmentPool:
 
     @contextlib.asynccontextmanager
     async def episode(
-        self, suite: str, split: str, task_ordinal: int
+        self, suite: str, split: str, task_ordinal: int, endpoint: str = ""
     ) -> AsyncIterator[tuple[Session, Opening]]:
         """Open a session and begin a task in it.
+
+        Args:
+            endpoint: base URL that speaks for the policy in this episode, if there is one.
 
         Raises:
             EnvironmentFailedError: no server would begin it within connect_timeout_seconds.
         """
         async with contextlib.AsyncExitStack() as stack:
-            yield await self._open(stack, suite, split, task_ordinal)
+            yield await self._open(stack, suite, split, task_ordinal, endpoint)
 
     async def _open(
-        self, stack: contextlib.AsyncExitStack, suite: str, split: str, task_ordinal: int
+        self,
+        stack: contextlib.AsyncExitStack,
+        suite: str,
+        split: str,
+        task_ordinal: int,
+        endpoint: str,
     ) -> tuple[Session, Opening]:
         deadline = asyncio.get_running_loop().time() + self._patience
         while True:
@@ -81,7 +93,7 @@ class EnvironmentPool:
             attempt = contextlib.AsyncExitStack()
             try:
                 session = await attempt.enter_async_context(self._session(index))
-                opening = await session.reset(suite, split, task_ordinal)
+                opening = await session.reset(suite, split, task_ordinal, endpoint)
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 await attempt.aclose()
                 wait = _retry_wait(error)

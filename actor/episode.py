@@ -1,150 +1,186 @@
-"""One episode: reset, then generate and step until it is done or at a limit.
+"""One episode: reset, then reply and step until it is done or at a limit.
 
-    lease -> session.reset -> [observe -> generate -> parse -> session.step]* -> Trajectory
+    lease -> session.reset -> [speaker.reply -> session.step]* -> Episode -> Trajectory
+                           or session.follow, while the environment calls the recording endpoint
 
 A failed episode is data: it ends with an outcome, attributed once to the boundary it crossed.
 """
 
+import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
-import numpy as np
 
-from actor.conversation import Conversation
 from actor.environment_pool import EnvironmentFailedError, EnvironmentPool, describe_failure
-from actor.inference_pool import InferenceFailedError, InferencePool
+from actor.policy import CutShortError, InferenceFailedError, NoReplyError, Policy, Said, Speaker
+from actor.recording.recorder import Recorder
+from actor.recording.session import RecordingSession
+from actor.tokens import Sampled
 from understudy import metrics
-from understudy.chat import ChatFormat, parse_reply
-from understudy.client import Generation, Lease, Observation, Opening, Session
+from understudy.client import Lease, Observation, Opening, Session
 from understudy.trajectory import Trajectory, Turn
-from understudy.v1 import common_pb2, trajectory_pb2
+from understudy.v1 import trajectory_pb2
+
+if TYPE_CHECKING:
+    pass
 
 COMPLETED = trajectory_pb2.OUTCOME_COMPLETED
 TRUNCATED = trajectory_pb2.OUTCOME_TRUNCATED
-_CHARACTERS_PER_TOKEN = 100
-"""More than any text has, on average; tokenisers get about 4."""
+ENVIRONMENT_FAILED = trajectory_pb2.OUTCOME_ENVIRONMENT_FAILED
+INFERENCE_FAILED = trajectory_pb2.OUTCOME_INFERENCE_FAILED
+ACTOR_FAILED = trajectory_pb2.OUTCOME_ACTOR_FAILED
 
-
-class _CutShortError(Exception):
-    """A limit ended the episode."""
+S = TypeVar("S", bound=Speaker)
 
 
 @dataclass
-class _Record:
-    """What is known of an episode while it is played."""
+class Episode(Generic[S]):
+    """What is known of an episode, while it is played and when it has ended."""
 
     start: float = field(default_factory=time.monotonic)
     opening: Opening | None = None
-    conversation: Conversation | None = None
+    speaker: S | Recorder | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """All that was said, as chat messages."""
+    answer: str = ""
+    """Text of the last reply."""
     turns: list[Turn] = field(default_factory=list)
     reward: float = 0.0
+    outcome: "trajectory_pb2.Outcome.ValueType" = COMPLETED
+    detail: str = ""
+    seconds: float = 0.0
 
 
-class Player:
-    """Plays leased episodes; holds nothing that outlives one."""
-
-    def __init__(
-        self, chat: ChatFormat, inference: InferencePool, environments: EnvironmentPool
-    ) -> None:
-        self._chat = chat
-        self._inference = inference
-        self._environments = environments
-
-    async def play(self, lease: Lease) -> Trajectory:
-        """Play one episode to its end. Never raises but for cancellation."""
-        record = _Record()
-        outcome, detail = COMPLETED, ""
-        try:
-            await self._play(lease, record)
-        except _CutShortError as error:
-            outcome, detail = TRUNCATED, str(error)
-        except EnvironmentFailedError as error:
-            outcome, detail = trajectory_pb2.OUTCOME_ENVIRONMENT_FAILED, str(error)
-        except InferenceFailedError as error:
-            outcome, detail = trajectory_pb2.OUTCOME_INFERENCE_FAILED, str(error)
-        except Exception as error:  # a fault of the actor is data too; group accounting must close
-            outcome, detail = trajectory_pb2.OUTCOME_ACTOR_FAILED, repr(error)
-        return _finish(lease, record, outcome, detail)
-
-    async def _play(self, lease: Lease, record: _Record) -> None:
-        task = (lease.suite, lease.split, lease.task_ordinal)
-        async with self._environments.episode(*task) as (session, opening):
-            record.opening = opening
-            record.conversation = Conversation(self._chat, opening.tools)
-            messages = opening.messages
-            for _ in range(lease.max_turns):
-                observation = await self._turn(lease, record, session, messages)
-                if observation.terminated:
-                    return
-                if observation.truncated:
-                    raise _CutShortError("the environment cut the episode short")
-                messages = observation.messages
-            raise _CutShortError(f"max_turns = {lease.max_turns}")
-
-    async def _turn(
-        self, lease: Lease, record: _Record, session: Session, messages: list[dict[str, Any]]
-    ) -> Observation:
-        conversation = record.conversation
-        assert conversation is not None
-        start = time.monotonic()
-        _refuse_flood(messages, lease.max_tokens)
-        generation = await self._generate(lease, conversation.observe(messages), len(record.turns))
-        generated = time.monotonic()
-        first = conversation.num_sampled
-        reply = parse_reply(conversation.reply(generation))
-        observation = Observation(messages=[], reward=0.0, terminated=False, truncated=False)
-        try:
-            if generation.cut_off:
-                raise _CutShortError("a reply was cut off at its token limit")
-            if reply.malformed:
-                observation = _tell_malformed(reply.malformed)
-            else:
-                calls = [(call.name, call.arguments) for call in reply.calls]
-                observation = await _step(session, calls, reply.text)
-        finally:
-            record.reward += observation.reward
-            record.turns.append(
-                Turn(
-                    segment=conversation.segment_index,
-                    start=first,
-                    end=conversation.num_sampled,
-                    reward=observation.reward,
-                    num_tool_calls=len(reply.calls),
-                    malformed_call=bool(reply.malformed),
-                    generate_seconds=generated - start,
-                    step_seconds=time.monotonic() - generated,
-                )
-            )
-        return observation
-
-    async def _generate(self, lease: Lease, prompt: np.ndarray, turn: int) -> Generation:
-        room = lease.max_tokens - len(prompt)
-        if room < 1:
-            raise _CutShortError(f"max_tokens = {lease.max_tokens}")
-        sampling = common_pb2.SamplingParameters(
-            temperature=lease.sampling.temperature,
-            max_new_tokens=min(room, lease.sampling.max_new_tokens),
-            stop_token_ids=self._chat.stop_token_ids,
-        )
-        if lease.sampling.HasField("seed"):
-            # One stream of random numbers a turn, told apart by a large odd stride.
-            sampling.seed = (lease.sampling.seed + turn * 0x9E3779B97F4A7C15) % 2**63
-        key = f"{lease.ordinal}-{lease.sample_index}"
-        return await self._inference.generate(prompt, sampling, key, lease.min_version)
-
-
-def _refuse_flood(messages: list[dict[str, Any]], max_tokens: int) -> None:
-    """Tokenising blocks the event loop: what cannot fit into the segment is not tokenised."""
-    size = sum(len(message["content"]) for message in messages)
-    if size > _CHARACTERS_PER_TOKEN * max_tokens:
-        raise _CutShortError(f"max_tokens = {max_tokens}: an observation has {size} characters")
-
-
-async def _step(session: Session, calls: list[tuple[str, Any]], text: str) -> Observation:
+async def play_episode(
+    policy: Policy[S], environments: EnvironmentPool, lease: Lease
+) -> Episode[S]:
+    """Play one episode to its end. Never raises but for cancellation."""
+    episode: Episode[S] = Episode()
     try:
-        return await session.step(calls, text)
+        await _play(policy, environments, lease, episode)
+    except CutShortError as error:
+        episode.outcome, episode.detail = TRUNCATED, str(error)
+    except EnvironmentFailedError as error:
+        episode.outcome, episode.detail = ENVIRONMENT_FAILED, str(error)
+    except InferenceFailedError as error:
+        episode.outcome, episode.detail = INFERENCE_FAILED, str(error)
+    except Exception as error:  # a fault of the actor is data too; group accounting must close
+        episode.outcome, episode.detail = ACTOR_FAILED, repr(error)
+    metrics.TURNS.inc(len(episode.turns))
+    episode.seconds = time.monotonic() - episode.start
+    return episode
+
+
+async def _play(
+    policy: Policy[S], environments: EnvironmentPool, lease: Lease, episode: Episode[S]
+) -> None:
+    task = (lease.suite, lease.split, lease.task_ordinal)
+    async with contextlib.AsyncExitStack() as stack:
+        recording = stack.enter_context(policy.record(lease))
+        endpoint = recording.url if recording else ""
+        session, opening = await stack.enter_async_context(
+            environments.episode(*task, endpoint=endpoint)
+        )
+        episode.opening = opening
+        if recording and opening.driven:
+            return await _follow(episode, recording, session)
+        if recording:
+            recording.close()  # nobody else has a use for it
+        episode.speaker = policy.begin(lease, opening)
+        messages = opening.messages
+        for _ in range(lease.max_turns):
+            observation = await _turn(episode, episode.speaker, session, messages)
+            if observation.terminated:
+                return
+            if observation.truncated:
+                raise CutShortError("the environment cut the episode short")
+            messages = observation.messages
+        raise CutShortError(f"max_turns = {lease.max_turns}")
+
+
+async def _follow(episode: Episode[S], recording: RecordingSession, session: Session) -> None:
+    """Wait for an environment that leads the conversation, and take over what was recorded."""
+    recorder = episode.speaker = recording.recorder
+    try:
+        observation = await recording.accompany(_finish(recording, session))
+        episode.reward = observation.reward
+    finally:
+        recording.close()
+        episode.turns = recorder.turns(episode.reward)
+        episode.messages = [dict(message) for message in recorder.messages]
+        episode.answer = recorder.answer
+    if recording.cut_short:
+        raise CutShortError(recording.cut_short)
+    if not episode.turns:
+        raise EnvironmentFailedError("the environment ended without a reply of the policy's")
+    if observation.truncated:
+        raise CutShortError("the environment cut the episode short")
+
+
+async def _finish(recording: RecordingSession, session: Session) -> Observation:
+    try:
+        return await session.follow()
+    except (grpc.aio.AioRpcError, TimeoutError) as error:
+        if recording.cut_short:  # what a harness does when it is refused a reply is no fault of its
+            raise CutShortError(recording.cut_short) from None
+        raise EnvironmentFailedError(describe_failure(error)) from None
+
+
+async def _turn(
+    episode: Episode[S], speaker: S, session: Session, messages: Sequence[dict[str, Any]]
+) -> Observation:
+    start = time.monotonic()
+    try:
+        said = await speaker.reply(messages)
+    except NoReplyError as error:
+        episode.messages += [] if error.before else messages
+        _take_inner(episode, error.before)
+        raise
+    generated = time.monotonic()
+    start += sum(inner.seconds for inner in said.before)
+    _take_inner(episode, said.before)
+    episode.messages += [*(said.heard or messages), said.message]
+    episode.answer = said.reply.text
+    observation = Observation(messages=[], reward=0.0, terminated=False, truncated=False)
+    try:
+        observation = await _answer(said, session)
+    finally:
+        episode.reward += observation.reward
+        seconds = generated - start, time.monotonic() - generated
+        episode.turns.append(_turn_of(said, observation.reward, *seconds))
+    return observation
+
+
+def _take_inner(episode: Episode[S], replies: Sequence[Said]) -> None:
+    for said in replies:
+        episode.messages += [*said.heard, said.message]
+        episode.turns.append(_turn_of(said, 0.0, said.seconds, 0.0))
+
+
+def _turn_of(said: Said, reward: float, generate_seconds: float, step_seconds: float) -> Turn:
+    return Turn(
+        segment=said.segment,
+        start=said.start,
+        end=said.end,
+        reward=reward,
+        num_tool_calls=len(said.reply.calls),
+        malformed_call=bool(said.reply.malformed),
+        generate_seconds=generate_seconds,
+        step_seconds=step_seconds,
+    )
+
+
+async def _answer(said: Said, session: Session) -> Observation:
+    if said.cut_off:
+        raise CutShortError("a reply was cut off at its token limit")
+    if said.reply.malformed:
+        return _tell_malformed(said.reply.malformed)
+    calls = [(call.name, call.arguments) for call in said.reply.calls]
+    try:
+        return await session.step(calls, said.reply.text)
     except (grpc.aio.AioRpcError, TimeoutError) as error:
         raise EnvironmentFailedError(describe_failure(error)) from None
 
@@ -155,21 +191,32 @@ def _tell_malformed(what: str) -> Observation:
     return Observation(messages=[message], reward=0.0, terminated=False, truncated=False)
 
 
-def _finish(
-    lease: Lease, record: _Record, outcome: "trajectory_pb2.Outcome.ValueType", detail: str
-) -> Trajectory:
-    metrics.TURNS.inc(len(record.turns))
+class Player:
+    """Plays leased episodes with the run's inference; holds nothing that outlives one."""
+
+    def __init__(self, policy: Policy[Speaker], environments: EnvironmentPool) -> None:
+        """Take a policy in tokens, and the run's environments."""
+        self._policy = policy
+        self._environments = environments
+
+    async def play(self, lease: Lease) -> Trajectory:
+        """Play one episode to its end. Never raises but for cancellation."""
+        return _trajectory(lease, await play_episode(self._policy, self._environments, lease))
+
+
+def _trajectory(lease: Lease, episode: Episode[Speaker]) -> Trajectory:
+    speaker = episode.speaker
     return Trajectory(
         suite=lease.suite,
         split=lease.split,
         task_ordinal=lease.task_ordinal,
-        task_id=record.opening.task_id if record.opening else "",
-        level=record.opening.level if record.opening else 0,
-        outcome=outcome,
-        detail=detail,
-        segments=record.conversation.segments() if record.conversation else (),
-        turns=tuple(record.turns),
-        reward=record.reward,
+        task_id=episode.opening.task_id if episode.opening else "",
+        level=episode.opening.level if episode.opening else 0,
+        outcome=episode.outcome,
+        detail=episode.detail,
+        segments=speaker.segments() if isinstance(speaker, Sampled) else (),
+        turns=tuple(episode.turns),
+        reward=episode.reward,
         temperature=lease.sampling.temperature,
-        duration_seconds=time.monotonic() - record.start,
+        duration_seconds=episode.seconds,
     )

@@ -7,19 +7,17 @@ import time
 
 import grpc
 
+from actor.policy import InferenceFailedError
 from understudy import metrics
 from understudy.client import Generation, InferenceClient, wait_any_ready
 from understudy.config import NetworkConfig
+from understudy.errors import PeerUnreachableError
 from understudy.rpc import error_reason, retry_after_seconds
 from understudy.trajectory import IntArray
 from understudy.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
 _BACKOFF_SECONDS = 0.2
-
-
-class InferenceFailedError(Exception):
-    """No replica answered a turn."""
 
 
 class InferencePool:
@@ -38,6 +36,21 @@ class InferencePool:
     async def wait_ready(self) -> None:
         """Wait until a replica answers. Raises PeerUnreachableError if none does."""
         await wait_any_ready(list(self._replicas.values()))
+
+    async def newest_version(self) -> int:
+        """Highest policy version that a replica says it serves.
+
+        Raises:
+            PeerUnreachableError: none of them has weights.
+        """
+        calls = [replica.describe() for replica in self._replicas.values()]
+        told = await asyncio.gather(*calls, return_exceptions=True)
+        versions = [answer.version for answer in told if not isinstance(answer, BaseException)]
+        if not versions:
+            raise PeerUnreachableError(
+                f"no inference server at {', '.join(self._replicas)} says what it serves: {told[0]}"
+            )
+        return max(versions)
 
     async def generate(
         self,

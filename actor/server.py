@@ -1,16 +1,21 @@
 """The actor's process: connects to its peers, then works until the run is over or it drains."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
+from actor.agents.opening import agent_policy
 from actor.environment_pool import EnvironmentPool
 from actor.episode import Player
 from actor.inference_pool import InferencePool
+from actor.tokens import TokenPolicy
 from actor.worker import Worker
 from understudy import metrics
 from understudy.chat import ChatFormat
@@ -19,6 +24,9 @@ from understudy.client.trajectories import Uplink
 from understudy.config import Config
 from understudy.errors import ConfigError, PeerUnreachableError
 from understudy.rpc import RoleControl, RoleServer, error_reason
+
+if TYPE_CHECKING:
+    from actor.recording.server import Recordings
 
 
 async def fetch_chat(config: Config, learner: TaskClient) -> ChatFormat:
@@ -42,6 +50,22 @@ async def fetch_chat(config: Config, learner: TaskClient) -> ChatFormat:
             raise ConfigError(f"what the learner at {learner.address} sent: {error}") from None
 
 
+def recording_endpoint(
+    config: Config, chat: ChatFormat, inference: InferencePool
+) -> AbstractAsyncContextManager["Recordings | None"]:
+    """The recording endpoint, if there is to be one. Raises ConfigError as it says."""
+    if not config.actor.recording_listen:
+        return contextlib.nullcontext()
+    try:
+        from actor.recording.server import serve_recordings
+    except ImportError as error:
+        raise ConfigError(
+            f"actor.recording_listen: {error}; install the extra: pip install "
+            "'understudy[recording]'"
+        ) from None
+    return serve_recordings(config, chat, inference)
+
+
 async def act(config: Config) -> int:
     """Play episodes for config's run. Returns the exit code.
 
@@ -61,7 +85,11 @@ async def act(config: Config) -> int:
         metrics.start_exporter(config.actor.metrics_listen, "actor")
         chat = await _connect(config, control, learner, inference, environments)
         if chat:
-            await _play(config, control, server, learner, Player(chat, inference, environments))
+            async with recording_endpoint(config, chat, inference) as recordings:
+                own = TokenPolicy(chat, inference, recordings)
+                async with agent_policy(config, own) as policy:
+                    player = Player(policy, environments)
+                    await _play(config, control, server, learner, player)
     finally:
         await server.stop()
         for peer in (learner, inference, environments):
@@ -85,6 +113,11 @@ async def _connect(
         await environments.check_tasks(
             tasks.suite, tasks.split, tasks.first_ordinal + tasks.num_tasks
         )
+        if config.learner.evaluation.every_steps:
+            heldout = config.learner.evaluation
+            await environments.check_tasks(
+                tasks.suite, heldout.split, heldout.first_ordinal + heldout.num_tasks
+            )
         return await fetch_chat(config, learner)
 
     connecting = asyncio.create_task(connect())

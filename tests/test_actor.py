@@ -13,6 +13,7 @@ from actor.environment_pool import EnvironmentPool
 from actor.episode import Player
 from actor.inference_pool import InferencePool
 from actor.server import act
+from actor.tokens import TokenPolicy
 from actor.worker import Worker
 from conftest import serving
 from envserver.servicer import EnvironmentServicer
@@ -56,14 +57,14 @@ async def environments() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def engine(bundle: Path, replies: Sequence[str]) -> AsyncIterator[str]:
-    """An inference server whose scripted engine serves version 1."""
+async def engine(bundle: Path, replies: Sequence[str], version: int = 1) -> AsyncIterator[str]:
+    """An inference server whose scripted engine serves one version."""
     from understudy.config import InferenceConfig, ScriptedConfig
 
     config = InferenceConfig(scripted=ScriptedConfig(latency_seconds=0, replies=tuple(replies)))
     scripted = ScriptedEngine(config)
     await scripted.start(bundle)
-    await scripted.load_weights(None, 1)  # type: ignore[arg-type]
+    await scripted.load_weights(None, version)  # type: ignore[arg-type]
     control = RoleControl("inference")
     control.serving()
     servicer = InferenceServicer(scripted, config, control)
@@ -113,10 +114,15 @@ def make_lease(suite: str, ordinal: int, **fields: Any) -> Lease:
 
 
 async def play(
-    chat: ChatFormat, bundle: Path, replies: Sequence[str], lease: Lease, **network: Any
+    chat: ChatFormat,
+    bundle: Path,
+    replies: Sequence[str],
+    lease: Lease,
+    version: int = 1,
+    **network: Any,
 ) -> Trajectory:
     """Play one lease against an environment server and a scripted engine."""
-    async with environments() as environment, engine(bundle, replies) as inference:
+    async with environments() as environment, engine(bundle, replies, version) as inference:
         config = Config.model_validate(
             {
                 "model": {"path": bundle},
@@ -126,7 +132,7 @@ async def play(
         pool = InferencePool(config.network, timeout_seconds=1.0)
         servers = EnvironmentPool(config.network, step_timeout_seconds=5.0)
         try:
-            return await Player(chat, pool, servers).play(lease)
+            return await Player(TokenPolicy(chat, pool), servers).play(lease)
         finally:
             await pool.close()
             await servers.close()
@@ -168,6 +174,18 @@ async def test_every_ending_is_attributed_once(
     assert trajectory_pb2.Outcome.Name(trajectory.outcome) == f"OUTCOME_{outcome}"
     assert detail in trajectory.detail
     assert trajectory.reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("max_version", "outcome"), [(0, "COMPLETED"), (1, "INFERENCE_FAILED"), (2, "COMPLETED")]
+)
+async def test_a_version_above_the_lease_s_fails_the_episode(
+    chat: ChatFormat, bundle: Path, max_version: int, outcome: str
+) -> None:
+    lease = make_lease("echo", 7, max_version=max_version)
+    trajectory = await play(chat, bundle, ["7"], lease, version=2)
+    assert trajectory_pb2.Outcome.Name(trajectory.outcome) == f"OUTCOME_{outcome}"
+    assert not trajectory.detail or "allows up to 1" in trajectory.detail
 
 
 async def test_a_malformed_call_is_an_observation(chat: ChatFormat, bundle: Path) -> None:
@@ -267,10 +285,11 @@ async def test_a_drain_ends_an_actor_whose_slots_are_all_taken(
             player: Any = EndlessPlayer()
             worker = Worker("run", "a", 1, tasks, player, uplink, control)
             working = asyncio.create_task(worker.run(grace=0.1))
-            await asyncio.sleep(0.3)
-            assert worker.num_running == 1
-            control.drain()
-            await asyncio.wait_for(working, 5)
+            async with asyncio.timeout(30):
+                while not worker.num_running:  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(0.02)
+                control.drain()
+                await working
             assert worker.num_running == 0
 
 
