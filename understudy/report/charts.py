@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
@@ -23,6 +23,9 @@ class Series:
     points: Points
     smooth: bool = True
     """Draw the moving mean on top of a faint line of the raw values."""
+    low: Points = field(default_factory=list)
+    high: Points = field(default_factory=list)
+    """Ends of an interval at each point, drawn as a band; none if empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,10 @@ def line_chart(
     if not drawn:
         return None
     tops = [moving_mean(points) if line.smooth else points for line, points in drawn]
+    bands = [(_finite(line.low), _finite(line.high)) for line, _ in drawn]
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
+    ys += [y for band in bands for points in band for _, y in points]
     axes = _Axes(
         _whole_ticks(min(xs), max(xs)),
         nice_ticks(min(0.0, *ys), max(0.0, *ys), 4),
@@ -67,6 +72,7 @@ def line_chart(
     body = Markup("").join(
         [
             *_grid(axes, x_label),
+            *(_band(axes, *band, index) for index, band in enumerate(bands) if all(band)),
             *(_path(axes, p, index, "raw") for index, (s, p) in enumerate(drawn) if s.smooth),
             *(_path(axes, p, index, "line") for index, p in enumerate(tops)),
         ]
@@ -144,6 +150,11 @@ def _grid(axes: _Axes, x_label: str) -> Iterator[Markup]:
         if tick < axes.x_ticks[-1]:
             yield text.format(axes.x(tick), HEIGHT - 8, "middle", number(tick))
     yield text.format(WIDTH - _RIGHT, HEIGHT - 8, "end", f"{x_label} {number(axes.x_ticks[-1])}")
+
+
+def _band(axes: _Axes, low: Points, high: Points, index: int) -> Markup:
+    corners = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in [*low, *reversed(high)])
+    return Markup('<polygon class="band c{}" points="{}"/>').format(index, corners)
 
 
 def _path(axes: _Axes, points: Points, index: int, kind: str) -> Markup:
