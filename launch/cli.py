@@ -1,4 +1,4 @@
-"""Commands `understudy run` and `understudy demo`."""
+"""Commands `understudy run`, `understudy demo` and `understudy track`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,3 +57,26 @@ def run_demo(argv: Sequence[str]) -> int:
         overrides=tuple(arguments.set),
     )
     return run_demo_plan(plan)
+
+
+def run_track(argv: Sequence[str]) -> int:
+    """Copy a run's figures to TensorBoard or Weights & Biases."""
+    import argparse
+
+    from launch.track import DESTINATIONS, track
+    from understudy.errors import ConfigError
+
+    parser = argparse.ArgumentParser(
+        prog="understudy track", description="Show a run's figures in another program."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/demo")
+    parser.add_argument("--to", choices=sorted(DESTINATIONS), default="tensorboard")
+    parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+    arguments = parser.parse_args(argv)
+    try:
+        print(f"{track(arguments.run, arguments.to, arguments.follow)} lines")
+    except ConfigError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        pass
+    return 0

@@ -38,7 +38,7 @@ RESERVE_SECONDS = sum(
     EXPECTED_SECONDS[stage] for stage in ("start", "evaluate base", "evaluate trained", "report")
 )
 
-RESULTS = ("metrics.jsonl", "samples.jsonl", "eval-*.json", "result.json", "report.html")
+RESULTS = ("metrics.jsonl", "samples.jsonl", "eval-*", "result.json", "report.html")
 RUN_FOLDERS = ("log", "checkpoints", "model", "replay")
 """What a demo of the same name has left: files by pattern, and folders. It begins anew."""
 
@@ -218,7 +218,7 @@ def _resolve(config: Config, plan: DemoPlan, warmup_path: Path) -> Config:
     """The config of this run: its name, seed, model and demonstration files."""
     learner = config.learner
     phases = tuple(
-        phase.model_copy(update={"data": warmup_path / phase.data.name})
+        phase.model_copy(update={"data": warmup_path / phase.data.name} if phase.data else {})
         for phase in learner.supervised.phases
     )
     return config.model_copy(

@@ -32,6 +32,7 @@ class Progress:
         self._stage_start = self._start = time.monotonic()
         self._looked = self._said = 0.0
         self._figures: dict[str, str] = {}
+        self._heldout: dict[str, str] = {}
         self._share_done: float | None = None
         self._tail: Tail | None = None
         self._steps: list[dict[str, Any]] = []
@@ -91,7 +92,11 @@ class Progress:
             self._steps.append(line)
             first = self._steps[0]["step"]  # not 0 in a run that was taken up
             self._share_done = (line["step"] + 1 - first) / max(self._num_steps - first, 1)
-            self._figures = _step_figures(self._steps[-_RECENT_STEPS:], self._num_steps)
+            figures = _step_figures(self._steps[-_RECENT_STEPS:], self._num_steps)
+            self._figures = figures | self._heldout
+        elif line.get("kind") == "evaluation" and line.get("heldout_accuracy") is not None:
+            self._heldout = {"held out": f"{line['heldout_accuracy']:.3f} ({line['step']})"}
+            self._figures |= self._heldout
 
     def _show(self, force: bool) -> None:
         now = time.monotonic()

@@ -35,7 +35,14 @@ class Evaluations:
 
     def accuracies(self) -> dict[str, Any]:
         """Accuracy by policy: all, level1, level2, level3, each with ci95 and n."""
-        return {name: result["accuracy"] for name, result in self.results.items()}
+        return {
+            name: {
+                group: {key: figures[key] for key in ("accuracy", "ci95", "n")}
+                for group, figures in result["accuracy"].items()
+                if not group.startswith("tag:") and figures["n"]
+            }
+            for name, result in self.results.items()
+        }
 
     def token_budget(self) -> dict[str, dict[str, float]]:
         """Mean tokens, sampled tokens and turns of an episode, by policy."""
@@ -58,6 +65,7 @@ def collect_result(
     lines = Tail(run_path / "metrics.jsonl").new_lines()
     # Of a step that was taken again after a restart, the last line counts.
     steps = list({line["step"]: line for line in lines if line.get("kind") == "step"}.values())
+    evaluated = {line["step"]: line for line in lines if line.get("kind") == "evaluation"}
     replicas = [line for line in lines if line.get("kind") == "replica"]
     result = {
         "seed": config.run.seed,
@@ -71,6 +79,10 @@ def collect_result(
             "total_after_setup": round(progress.elapsed, 2),
         },
         "versions_published": sum(line.get("kind") == "version" for line in lines),
+        "heldout_accuracy": {
+            f"step {step}": line["heldout_accuracy"] for step, line in sorted(evaluated.items())
+        }
+        or None,
         "staleness": _mean_and_max(steps, "staleness_mean", "staleness_max"),
         "logprob_mismatch": _mean_and_max(replicas, "mismatch_mean", "mismatch_max"),
         "token_budget": evaluations.token_budget(),

@@ -1,6 +1,7 @@
 """All roles of a run as processes of this machine.
 
     envserver, inference, intake, trainer, actor   each `python -m` of its own, logs/<role>.log
+    weights                                        too, where network.weights is set
 
 The trainer publishes the first weights, inference waits for them, actors wait for both.
 """
@@ -39,8 +40,12 @@ class LocalRoles:
         config = self._config
         self.start("envserver")
         self.start("intake", ["learner", "--part", "intake"])
+        if config.network.weights:
+            self.start("weights", ["learner", "--part", "weights"])
         self.start("inference")
         self._wait("intake", config.learner.listen, each_poll)
+        if config.network.weights:
+            self._wait("weights", config.network.weights, each_poll)
         self.start("trainer", ["learner", "--part", "trainer"])
         self._wait("envserver", config.envserver.listen, each_poll)
         self._wait("inference", config.inference.listen, each_poll)
@@ -51,9 +56,14 @@ class LocalRoles:
         self._supervisor.start(name, [sys.executable, "-m", "understudy.cli", *words])
 
     def train(self, each_poll: Callable[[], None] = _nothing) -> None:
-        """Start the actor and wait until the trainer has taken its last step."""
+        """Start the actor and wait until the trainer has taken its last step, and the version that
+        came of it is evaluated, if that is asked for."""
         self.start("actor")
         self._supervisor.wait("trainer", each_poll)
+        if self._config.learner.evaluation.every_steps:
+            address = self._config.learner.listen
+            network = self._config.network
+            self._supervisor.wait_figure("intake", address, network, "evaluating", each_poll)
         self._supervisor.stop("actor")
 
     def wait_for_newest(self, each_poll: Callable[[], None] = _nothing) -> int:

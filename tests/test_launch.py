@@ -1,19 +1,23 @@
 """Launching: what people see while a run goes on, role scripts, and the result of a run."""
 
+import asyncio
+import contextlib
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import ROOT
+from intake_rig import make_config, running
 from launch.progress import Progress
 from launch.result import Evaluations, collect_result
 from launch.roles import LocalRoles
 from launch.tail import Tail
 from processes import ANY_PORT, finish, read_until, started, understudy
-from understudy.config import Config, load_config, write_config
+from understudy.config import Config, NetworkConfig, load_config, write_config
 from understudy.errors import UnderstudyError
 from understudy.supervisor import ProcessEndedError, Supervisor
 
@@ -236,3 +240,45 @@ def test_a_local_run_whose_role_cannot_start_says_why(tmp_path: Path, config: Co
             supervisor.wait("envserver")
     assert "envserver ended with code 1" in str(caught.value)
     assert "envserver.suites: 'nope' is not registered" in str(caught.value)
+
+
+# --- The end of a run that is evaluated ---
+
+
+async def test_the_launcher_waits_until_nothing_is_left_to_evaluate(tmp_path: Path) -> None:
+    evaluation = {"every_steps": 1, "num_tasks": 2}
+    config = make_config(tmp_path, steps=1, max_staleness=0, evaluation=evaluation)
+    async with running(config) as rig:
+        await rig.play(await rig.lease())
+        await rig.batch(0)
+        await rig.publish(1)
+        await rig.complete(0)
+        address = f"127.0.0.1:{rig.server._server.port}"
+        with Supervisor(tmp_path / "logs") as supervisor:
+            supervisor.start("intake", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+            wait = supervisor.wait_figure, "intake", address, NetworkConfig(), "evaluating"
+            waiting = asyncio.create_task(asyncio.to_thread(*wait))
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+            await rig.play(await rig.lease(), versions=(2,))
+            await asyncio.wait_for(waiting, 5)
+
+
+def test_the_launcher_does_not_wait_for_an_intake_that_has_ended(tmp_path: Path) -> None:
+    for code in (0, 1):
+        with Supervisor(tmp_path / "logs") as supervisor:
+            supervisor.start("intake", [sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+            ending = pytest.raises(ProcessEndedError) if code else contextlib.nullcontext()
+            with ending:
+                supervisor.wait_figure("intake", "127.0.0.1:9", NetworkConfig(), "evaluating")
+
+
+def test_held_out_accuracy_is_in_the_result(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "evaluation", "step": step, "heldout_accuracy": accuracy}
+        for step, accuracy in ((5, 0.25), (0, 0.125), (5, 0.5))
+    ]
+    append(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    config = load_config(ROOT / "configs" / "demo.toml")
+    result = collect_result(tmp_path, Evaluations(), Progress({}), config, interrupted=False)
+    assert result["heldout_accuracy"] == {"step 0": 0.125, "step 5": 0.5}

@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from launch.report import format_table, write_report
-from launch.report.charts import Series, line_chart, moving_mean, nice_ticks, number
-from launch.report.chats import Bubble, bubbles_of, chats_of
+from launch.report.chats import chats_of
 from launch.report.files import read_run
 from launch.report.plots import charts_of
+from understudy.report.charts import Series, line_chart, moving_mean, nice_ticks, number
+from understudy.report.chats import Bubble, bubbles_of
 
 ATTACK = "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>"
 CHAT = (
@@ -235,6 +236,24 @@ def test_the_worst_replica_speaks_for_a_version(tmp_path: Path):
     (chart,) = charts_of(read_run(tmp_path))["Health"]
     assert chart.legend == (("max", "0.5"),)
     assert chart.svg.count("<polyline") == 2
+
+
+def test_held_out_accuracy_is_drawn_over_steps(tmp_path: Path):
+    lines = [
+        {
+            **{"kind": "evaluation", "step": step, "heldout_accuracy": accuracy},
+            **{"heldout_ci95": [accuracy - 0.1, accuracy + 0.1], "heldout_level2": accuracy},
+        }
+        for step, accuracy in ((0, 0.25), (10, 0.5), (20, 0.1), (20, 0.75))
+    ]
+    lines.append({"kind": "evaluation", "step": 30, "heldout_accuracy": None})
+    _write_lines(tmp_path / "metrics.jsonl", lines)
+    charts = {chart.title: chart for chart in charts_of(read_run(tmp_path))["Learning"]}
+    accuracy = charts["Held-out accuracy"]
+    assert accuracy.legend[0] == ("accuracy", "0.75")  # of a repeated evaluation, the last
+    assert [label for label, _ in accuracy.legend] == ["accuracy", "95 % interval, low", "high"]
+    assert 'class="raw' not in accuracy.svg  # points as they are
+    assert charts["Held-out accuracy by level"].legend == (("level 2", "0.75"),)
 
 
 def test_values_that_cannot_be_drawn_are_left_out():

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from launch.report.charts import number
 from launch.report.chats import chats_of
 from launch.report.files import RunFiles, read_run
 from launch.report.plots import charts_of
 from launch.report.scores import MEASUREMENTS, Comparison, compare
+from understudy.report.page import fact_rows, render_page, words, write_page
 
 _TOTAL = "total_after_setup"
 _SHOWN_ELSEWHERE = {"wall_seconds", "control", "interrupted", "machine", "token_budget"} | {
@@ -34,23 +32,16 @@ def write_report(run_path: Path) -> Path:
     run = read_run(run_path)
     run_path.mkdir(parents=True, exist_ok=True)
     path = run_path / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(_render(run), encoding="utf-8")
-    temporary.replace(path)
+    write_page(path, _render(run))
     return path
 
 
 def _render(run: RunFiles) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     tables = compare(run.result)
     wall_seconds = run.result.get("wall_seconds") or {}
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        Path(__file__).with_name("report.html.jinja"),
+        name=run.name,
         run=run,
         headline=_headline(tables),
         tables=tables,
@@ -74,7 +65,7 @@ def _stages(wall_seconds: Mapping[str, Any]) -> list[Stage]:
     seconds = {name: value for name, value in wall_seconds.items() if name != _TOTAL}
     longest = max(seconds.values(), default=0) or 1
     return [
-        Stage(name=_words(name), seconds=value, share=value / longest)
+        Stage(name=words(name), seconds=value, share=value / longest)
         for name, value in seconds.items()
     ]
 
@@ -89,17 +80,5 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         "Machine": run.result.get("machine"),
     }
     for heading, values in groups.items():
-        known = {key: value for key, value in (values or {}).items() if value is not None}
-        if known:
-            yield heading, [(_words(key), _value(value)) for key, value in known.items()]
-
-
-def _value(value: Any) -> str:
-    """A value as text; an object's entries line by line, as in `mean 0.71`."""
-    if isinstance(value, dict):
-        return "\n".join(f"{_words(key)} {_value(inner)}" for key, inner in value.items())
-    return number(value) if isinstance(value, float) else str(value)
-
-
-def _words(key: object) -> str:
-    return str(key).replace("_", " ")
+        if rows := fact_rows(values or {}):
+            yield heading, rows

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import TypeGuard
 
-from launch.report.charts import Chart, Points, Series, line_chart
 from launch.report.files import Line, RunFiles
+from understudy.report.charts import Chart, Points, Series, line_chart
 
 
 def charts_of(run: RunFiles) -> dict[str, list[Chart]]:
@@ -13,13 +13,39 @@ def charts_of(run: RunFiles) -> dict[str, list[Chart]]:
     steps = [{"episodes": step.get("trajectories"), **step} for step in run.steps]
     replicas = _worst_by_version(run.replicas)
     sections = {
-        "Learning": _learning(steps),
+        "Learning": _held_out(run.evaluations) + _learning(steps),
         "Speed": _speed(steps, replicas),
         "Health": _health(steps, replicas),
         "Warm-up": [_lines("Supervised loss", "Of demonstrations.", run.warmup, {"loss": "loss"})],
     }
     drawn = {title: [chart for chart in charts if chart] for title, charts in sections.items()}
     return {title: charts for title, charts in drawn.items() if charts}
+
+
+def _held_out(evaluations: list[Line]) -> list[Chart | None]:
+    """Few points, each over many episodes: drawn as they are."""
+    bounds = [
+        {**line, "low": line["heldout_ci95"][0], "high": line["heldout_ci95"][1]}
+        for line in evaluations
+        if line.get("heldout_accuracy") is not None and line.get("heldout_ci95")
+    ]
+    labels = {"heldout_accuracy": "accuracy", "low": "95 % interval, low", "high": "high"}
+    return [
+        _lines(
+            "Held-out accuracy",
+            "Mean reward on tasks that are not trained on, of the version of each step.",
+            bounds,
+            labels,
+            smooth=False,
+        ),
+        _lines(
+            "Held-out accuracy by level",
+            "Mean reward on tasks that are not trained on.",
+            evaluations,
+            _labels(evaluations, "heldout_level", lambda level: f"level {level}"),
+            smooth=False,
+        ),
+    ]
 
 
 def _learning(steps: list[Line]) -> list[Chart | None]:
@@ -46,15 +72,21 @@ def _learning(steps: list[Line]) -> list[Chart | None]:
         ),
         _lines(
             "Uniform groups",
-            "Groups whose episodes all earned the same: they teach nothing.",
+            "Groups of a batch, and those whose episodes all earned the same.",
             steps,
-            {"uniform_groups": "groups"},
+            {"uniform_groups": "uniform", "groups": "all"},
         ),
         _lines(
             "Truncated episodes",
             "Share that ran into a limit.",
             steps,
             {"truncated_share": "share"},
+        ),
+        _lines(
+            "Overlong penalty",
+            "Mean of what was taken off rewards for the length of episodes.",
+            steps,
+            {"overlong_penalty_mean": "penalty"},
         ),
     ]
 
@@ -94,7 +126,7 @@ def _health(steps: list[Line], replicas: list[Line]) -> list[Chart | None]:
     return [
         _lines(
             "Staleness",
-            "Versions that trained tokens were behind.",
+            "Steps that the oldest token of an episode was behind.",
             steps,
             {"staleness_mean": "mean", "staleness_max": "max"},
         ),
@@ -122,9 +154,9 @@ def _health(steps: list[Line], replicas: list[Line]) -> list[Chart | None]:
         _lines("Loss", "It need not fall.", steps, {"loss": "loss"}),
         _lines(
             "Shares",
-            "Tokens that were clipped or capped, and padding.",
+            "Tokens that were clipped, of capped weight, and of none.",
             steps,
-            {"clip_share": "clipped", "cap_share": "capped", "padding_share": "padding"},
+            {"clip_share": "clipped", "cap_share": "capped", "mask_share": "masked"},
         ),
         _lines(
             "Effective sample size",
@@ -154,14 +186,18 @@ def _lines(
     labels: dict[str, str],
     *,
     x: str = "step",
+    smooth: bool = True,
 ) -> Chart | None:
     """A chart of those keys that occur."""
-    series = [Series(label=label, points=_points(lines, x, key)) for key, label in labels.items()]
+    series = [
+        Series(label=label, points=_points(lines, x, key), smooth=smooth)
+        for key, label in labels.items()
+    ]
     return line_chart(title, help, [s for s in series if s.points], x)
 
 
-def _labels(steps: list[Line], prefix: str, name: Callable[[str], str]) -> dict[str, str]:
-    keys = dict.fromkeys(key for step in steps for key in step if key.startswith(prefix))
+def _labels(lines: list[Line], prefix: str, name: Callable[[str], str]) -> dict[str, str]:
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith(prefix))
     return {key: name(key.removeprefix(prefix)) for key in keys}
 
 

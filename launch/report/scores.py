@@ -17,7 +17,7 @@ MEASUREMENTS = {
 class Score:
     """Accuracy of one policy on one set of tasks."""
 
-    accuracy: float
+    value: float
     low: float
     """Lower end of the 95 % interval."""
     high: float
@@ -25,7 +25,7 @@ class Score:
     """Tasks."""
 
     def __str__(self) -> str:
-        return f"{_percent(self.accuracy)} [{_percent(self.low)}, {_percent(self.high)}]"
+        return f"{_percent(self.value)} [{_percent(self.low)}, {_percent(self.high)}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Comparison:
         """Difference in percentage points."""
         if not self.before or not self.after:
             return "-"
-        return f"{100 * (self.after.accuracy - self.before.accuracy):+.1f}"
+        return f"{100 * (self.after.value - self.before.value):+.1f}"
 
     @property
     def num(self) -> str:
@@ -105,7 +105,7 @@ def _score(measured: Result, level: str) -> Score | None:
     if not isinstance(value, dict) or "accuracy" not in value:
         return None
     low, high = value.get("ci95") or (value["accuracy"],) * 2
-    return Score(accuracy=value["accuracy"], low=low, high=high, num=value.get("n"))
+    return Score(value=value["accuracy"], low=low, high=high, num=value.get("n"))
 
 
 def _percent(share: float) -> str:
