@@ -114,6 +114,13 @@ ACTOR = [
         unit=EVENTS_RATE,
     ),
     _panel(
+        "Recording endpoint",
+        "Requests of other people's agents: how a reply's tokens were placed (began, extended, "
+        "forked, rewritten), or why there was none.",
+        rate(metrics.RECORDING_REQUESTS, by="outcome"),
+        unit=EVENTS_RATE,
+    ),
+    _panel(
         "Unacknowledged trajectories",
         "Bytes that an actor holds until the intake has stored them. Full: no new episode starts.",
         latest(metrics.UNACKED_BYTES, role="actor", by="instance"),
@@ -197,6 +204,11 @@ ENVIRONMENT = [
         stacked=True,
     ),
     _panel(
+        "Free boxes",
+        "Boxes of the sandbox that stand ready; at 0, first calls wait for one to start.",
+        latest(metrics.SANDBOX_FREE_BOXES, role="envserver", by="instance"),
+    ),
+    _panel(
         "Failures",
         "Episodes that ended because the environment failed, by reason.",
         rate(metrics.ENVIRONMENT_FAILURES, by="reason"),
@@ -209,6 +221,11 @@ INTAKE = [
         "Task keys",
         "The ledger's balance: issued equals the sum of the other states, always.",
         latest(metrics.TASK_KEYS, by="state"),
+    ),
+    _panel(
+        "Held-out accuracy",
+        "Mean reward on held-out tasks of the newest evaluation, if the run has any.",
+        latest(metrics.HELDOUT_ACCURACY, role="learner", legend="accuracy"),
     ),
     _panel(
         "Stored trajectories",
@@ -244,6 +261,11 @@ INTAKE = [
         latest(metrics.LOG_QUARANTINED, role="learner", legend="damaged ranges"),
     ),
     _panel(
+        "Trainer",
+        "Processes of the trainer that answer; the others have ended or stand still.",
+        latest(metrics.TRAINER_RANKS, role="learner", legend="ranks"),
+    ),
+    _panel(
         "Checkpoint",
         "Steps behind the newest durable checkpoint; steps after it are taken again after a crash.",
         latest(metrics.CHECKPOINT_STEP, role="learner", legend="steps"),
@@ -273,8 +295,8 @@ INTAKE = [
     ),
     _panel(
         "Weights served",
-        "Weight bytes sent to replicas a second, by encoding.",
-        rate(metrics.WEIGHT_BYTES, by="encoding"),
+        "Weight bytes sent to replicas a second, in full copies and in deltas.",
+        rate(metrics.WEIGHT_BYTES, by="kind"),
         unit=BYTES_RATE,
         stacked=True,
     ),
@@ -306,6 +328,16 @@ TRAINER = [
         "Share of trained tokens that count after off-policy weighting. Low: they are too stale.",
         latest(metrics.EFFECTIVE_SAMPLE_SIZE, role="trainer", legend="share"),
         unit=SHARE,
+    ),
+    _panel(
+        "Trained tokens by age",
+        "Sampled tokens a second by the versions that their policy was behind.",
+        rate(metrics.TOKENS_BY_STALENESS, by="versions"),
+    ),
+    _panel(
+        "Skipped updates",
+        "Updates that were left out as their gradient was not finite, or their sample too small.",
+        rate(metrics.SKIPPED_UPDATES, legend="updates"),
     ),
     _panel(
         "Time of a step by phase",
