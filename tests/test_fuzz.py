@@ -11,21 +11,16 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
 from conftest import ROOT
-from inference.fetch import Fetcher
-from inference.manifest import RefusedError as NotTakenError
-from inference.manifest import check_slices
-from learner.intake.publication import Part, Publication, Upload
-from learner.intake.refusals import RefusedError
-from learner.intake.slices import Slice, TensorType, check_cover, check_slice
 from learner.trainer.checkpoints.manifest import MANIFEST, DamagedCheckpointError, read_checkpoint
+from learner.weights.publication import Upload
 from tests.fuzz import TARGETS
 from understudy.client.bundle import BundleError, _check, _write
 from understudy.v1 import weight_pb2
+from understudy.weights.errors import WeightsRefusedError
 
 NUM_RUNS = 100_000
 
@@ -130,47 +125,25 @@ def test_a_manifest_of_other_json_is_damaged(tmp_path: Path, text: str) -> None:
         read_checkpoint(tmp_path)
 
 
-def _slice(shape: tuple[int, ...], num_elements: int) -> Slice:
-    return Slice(
+def _part(shape: tuple[int, ...], num_elements: int) -> weight_pb2.PartHeader:
+    piece = weight_pb2.TensorSlice(
         name="w",
-        type=TensorType("F32", shape),
-        start=0,
+        dtype="F32",
+        shape=shape,
         num_elements=num_elements,
         num_bytes=4 * num_elements,
+        encoding=weight_pb2.TENSOR_ENCODING_DENSE,
         digest=bytes(32),
     )
+    return weight_pb2.PartHeader(num_parts=1, slices=[piece])
 
 
 def test_a_part_of_300_dimensions_is_refused() -> None:
-    piece = _slice((2**63,) * 300, 0)
-    with pytest.raises(RefusedError):
-        check_cover([_checked(piece)], None)
-
-
-def _checked(piece: Slice) -> Slice:
-    check_slice(piece, None)
-    return piece
+    with pytest.raises(WeightsRefusedError):
+        Upload(_part((2**63,) * 300, 1), None)
 
 
 @pytest.mark.parametrize("num_elements", [2**44, 2**61])
 def test_a_part_that_no_memory_holds_is_refused(num_elements: int) -> None:
-    piece = _slice((num_elements,), num_elements)
-    part = Part(epoch=1, step=0, index=0, num_parts=1, base_version=0, slices=(_checked(piece),))
-    with pytest.raises(RefusedError):
-        Upload(part, Publication(epoch=1, step=0, num_parts=1))
-
-
-def test_a_first_version_that_no_memory_holds_is_refused() -> None:
-    piece = weight_pb2.TensorSlice(
-        name="w",
-        dtype="F32",
-        shape=[2**61],
-        num_elements=2**61,
-        num_bytes=2**63,
-        encoding=weight_pb2.TENSOR_ENCODING_DENSE,
-        digest=bytes(32),
-    )
-    manifest = weight_pb2.WeightManifest(version=1, slices=[piece], payload_bytes=2**63)
-    layout = check_slices(manifest, None)
-    with pytest.raises(NotTakenError):
-        Fetcher(cast(Any, None))._take_spare(layout)
+    with pytest.raises(WeightsRefusedError):
+        Upload(_part((num_elements,), num_elements), None)

@@ -4,45 +4,81 @@ input: length of the header (2 bytes) | PartHeader | payload
 """
 
 import contextlib
-import hashlib
 import random
 
 import numpy as np
+from blake3 import blake3
 from google.protobuf.message import DecodeError
 
-from learner.intake.refusals import mapped
-from learner.intake.slices import TensorType, check_cover, check_slice, check_values
-from learner.intake.weight_servicer import _decode_part
+from learner.weights.head import Head
+from learner.weights.publication import check_header
+from learner.weights.refusals import mapped
+from learner.weights.servicer import check_part
 from tests.fuzz.mutation import join_parts, mutate_as, mutate_bytes, sign_slices, split_parts
 from understudy.rpc import ServiceError
 from understudy.v1 import weight_pb2
+from understudy.weights.encoding import DENSE, encode
+from understudy.weights.layout import ITEM_BYTES, ByteArray, plan_layout
+from understudy.weights.manifest import check_slice_values, check_slices, seal, slice_bytes
 
 MAX_LEN = 2048
-_LAYOUT = {"norm": TensorType("F32", (4,)), "head": TensorType("BF16", (2, 4))}
+_LAYOUT = plan_layout([("norm", "F32", (4,)), ("head", "BF16", (2, 4))])
+_OLD = {
+    "norm": np.ones(4, "<f4").view(np.uint8),
+    "head": np.full(8, 0x3F80, "<u2").view(np.uint8),
+}
 _mutate_header = mutate_as(weight_pb2.PartHeader)
 
 
-def seeds() -> list[bytes]:
-    """A sound part in whole tensors."""
-    payload = np.ones(4, "<f4").tobytes() + np.full(8, 0x3F80, "<u2").tobytes()
-    slices, offset = [], 0
-    for name, (dtype, shape) in _LAYOUT.items():
-        num_elements = int(np.prod(shape))
-        data = payload[offset : offset + num_elements * (4 if dtype == "F32" else 2)]
-        offset += len(data)
-        slices.append(
-            weight_pb2.TensorSlice(
-                name=name,
-                dtype=dtype,
-                shape=shape,
-                num_elements=num_elements,
-                encoding=weight_pb2.TENSOR_ENCODING_DENSE,
-                num_bytes=len(data),
-                digest=hashlib.sha256(data).digest(),
-            )
+def _head() -> Head:
+    """A version to which deltas apply."""
+    head = Head(_LAYOUT)
+    manifest = weight_pb2.WeightManifest(version=1, slices=_slices(_OLD, None)[0])
+    head.apply(manifest, _OLD.values())
+    return head
+
+
+def _slices(
+    new: dict[str, ByteArray], old: dict[str, ByteArray] | None
+) -> tuple[list[weight_pb2.TensorSlice], bytes]:
+    """Whole tensors as they are, or as deltas."""
+    slices, payload = [], b""
+    for entry in _LAYOUT:
+        values = new[entry.name]
+        piece = weight_pb2.TensorSlice(
+            name=entry.name,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            num_elements=entry.num_elements,
+            encoding=DENSE,
+            num_bytes=len(values),
+            digest=blake3(values.data).digest(),
         )
-    header = weight_pb2.PartHeader(run_id="run", epoch=1, num_parts=1, slices=slices)
-    return [join_parts(header.SerializeToString(), payload)]
+        body = values.tobytes()
+        if old is not None:
+            delta = encode(entry.dtype, old[entry.name], values)
+            body = b"".join(map(bytes, delta.payload))
+            piece.encoding, piece.num_bytes = delta.encoding, delta.num_bytes
+            piece.num_changed = delta.num_changed
+            piece.plane_bytes.extend(map(len, delta.planes))
+        slices.append(piece)
+        payload += body
+    return slices, payload
+
+
+def seeds() -> list[bytes]:
+    """Sound parts in whole tensors: values, nothing that changed, and something that did."""
+    moved = {name: values.copy() for name, values in _OLD.items()}
+    moved["norm"][4] ^= 1
+    found = []
+    for new, old in ((_OLD, None), (_OLD, _OLD), (moved, _OLD)):
+        slices, payload = _slices(new, old)
+        header = weight_pb2.PartHeader(
+            run_id="run", epoch=1, num_parts=1, base_version=old is not None, slices=slices
+        )
+        seal(header)
+        found.append(join_parts(header.SerializeToString(), payload))
+    return found
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
@@ -58,6 +94,10 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
                 encoded = sign_slices(weight_pb2.PartHeader.FromString(encoded), payload)
         case _:
             encoded = _mutate_header(encoded, min(max_size, 2**16 - 1), seed)
+    with contextlib.suppress(DecodeError):  # else nothing would get past the checksum
+        header = weight_pb2.PartHeader.FromString(encoded)
+        seal(header)
+        encoded = header.SerializeToString()
     changed = join_parts(encoded, payload)
     return changed if len(changed) <= max_size else mutate_bytes(data, max_size, seed)
 
@@ -69,20 +109,37 @@ def TestOneInput(data: bytes) -> None:
         header = weight_pb2.PartHeader.FromString(encoded)
     except DecodeError:
         return
-    for layout in (None, _LAYOUT):
+    for head in (None, _head()):
         # A reason without a status code would be a KeyError.
         with contextlib.suppress(ServiceError), mapped():
-            _publish(header, payload, layout)
+            _publish(header, np.frombuffer(payload, np.uint8), head)
 
 
-def _publish(header: weight_pb2.PartHeader, payload: bytes, layout: object) -> None:
-    part = _decode_part(header, "run")
-    for piece in part.slices:
-        check_slice(piece, layout)  # type: ignore[arg-type]
-    if part.num_bytes != len(payload):
+def _publish(header: weight_pb2.PartHeader, payload: ByteArray, head: Head | None) -> None:
+    """As the store does: first what is declared, then every slice, then all of them together."""
+    check_part(header, "run")
+    if header.base_version != (head.version if head else 0) and header.base_version:
         return
-    check_values(part.slices, np.frombuffer(payload, np.uint8))
-    covered = check_cover(part.slices, layout)  # type: ignore[arg-type]
-    assert layout is None or covered == layout
-    num_elements = sum(int(np.prod(kind.shape, dtype=object)) for kind in covered.values())
-    assert num_elements == sum(piece.num_elements for piece in part.slices)
+    check_header(header, head)
+    if sum(piece.num_bytes for piece in header.slices) != len(payload):
+        return
+    bodies, offset = [], 0
+    for piece in header.slices:
+        bodies.append(payload[offset : offset + piece.num_bytes])
+        offset += piece.num_bytes
+        if head:
+            head.check(piece, bodies[-1])
+        else:
+            check_slice_values(piece, bodies[-1], finite=True)
+    layout = check_slices(
+        header.slices, head.layout if head else None, based=bool(header.base_version)
+    )
+    assert head is None or layout == head.layout
+    num_elements = sum(piece.num_elements for piece in header.slices)
+    assert num_elements == sum(entry.num_elements for entry in layout)
+    assert num_elements * max(ITEM_BYTES.values()) >= len(payload)
+    # What was verified against the version before applies without an error, and comes out right.
+    head = head or Head(layout)
+    head.apply(weight_pb2.WeightManifest(version=2, slices=header.slices), bodies)
+    for piece in header.slices:
+        assert blake3(slice_bytes(piece, head.buffer).data).digest() == piece.digest

@@ -4,7 +4,7 @@ import contextlib
 
 from google.protobuf.message import DecodeError
 
-from envserver.servicer import _decode_action
+from envserver.messages import decode_action
 from tests.fuzz import reply
 from tests.fuzz.mutation import mutate_as
 from understudy.rpc import ServiceError
@@ -47,6 +47,6 @@ def TestOneInput(data: bytes) -> None:
     except DecodeError:
         return
     with contextlib.suppress(ServiceError):
-        action = _decode_action(request)
+        action = decode_action(request)
         assert len(action.tool_calls) == len(request.tool_calls)
         assert all(isinstance(call.arguments, dict) for call in action.tool_calls)

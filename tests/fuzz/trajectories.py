@@ -18,7 +18,9 @@ from understudy.v1 import common_pb2, trajectory_pb2
 ZSTD, RAW = common_pb2.ENCODING_ZSTD, common_pb2.ENCODING_RAW
 
 
-def make_trajectory(num_segments: int = 2, versions: tuple[int, ...] = (1, 2)) -> Trajectory:
+def make_trajectory(
+    num_segments: int = 2, versions: tuple[int, ...] = (1, 2), part: str = "", frozen: bool = False
+) -> Trajectory:
     """A turn a segment, of 12 tokens with 6 sampled ones."""
     edges = np.linspace(0, 6, len(versions) + 1).astype(int).tolist()
     segment = Segment(
@@ -29,6 +31,8 @@ def make_trajectory(num_segments: int = 2, versions: tuple[int, ...] = (1, 2)) -
             VersionSpan(version=version, start=start, end=end)
             for version, start, end in zip(versions, edges, edges[1:], strict=False)
         ),
+        part=part,
+        frozen=frozen,
     )
     turns = tuple(
         Turn(
@@ -59,7 +63,12 @@ def make_trajectory(num_segments: int = 2, versions: tuple[int, ...] = (1, 2)) -
     )
 
 
-SOUND = (make_trajectory(1, (1,)), make_trajectory(), make_trajectory(0))
+SOUND = (
+    make_trajectory(1, (1,)),
+    make_trajectory(),
+    make_trajectory(0),
+    make_trajectory(part="searcher-2", frozen=True),
+)
 
 
 def check(trajectory: Trajectory) -> None:
@@ -76,6 +85,9 @@ def check(trajectory: Trajectory) -> None:
         assert sum(span.end - span.start for span in segment.version_spans) == num_sampled
         versions = [span.version for span in segment.version_spans]
         assert versions == sorted(versions)
+        assert len(segment.part) <= 64
+        plain = segment.part.replace("_", "a").replace("-", "a")
+        assert not plain or (plain.isascii() and plain.isalnum())
     for turn in trajectory.turns:
         segment = trajectory.segments[turn.segment]
         assert 0 <= turn.start <= turn.end <= len(segment.logprobs)
@@ -99,3 +111,4 @@ def _check_round_trip(trajectory: Trajectory) -> None:
         np.testing.assert_array_equal(left.loss_mask, right.loss_mask)
         np.testing.assert_array_equal(left.logprobs, right.logprobs)
         assert left.version_spans == right.version_spans
+        assert (left.part, left.frozen) == (right.part, right.frozen)

@@ -1,6 +1,6 @@
 """The crash-proof harness: plays actors and trainer against a real intake, crashes it, checks.
 
-    actors, ghost, trainer (players) --gRPC--> intake process <--kill -9, plug, failpoint-- campaign
+    actors, ghost (players), trainer --gRPC--> intake process <--kill -9, plug, failpoint-- campaign
               |                                     |
               v                                     v
            history  ------------------> check <--- log, read independently; audit

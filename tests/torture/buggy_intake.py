@@ -79,7 +79,7 @@ def no_directory_sync() -> None:
     """A new segment's name is not made durable."""
     import learner.log.tail_file as module
 
-    put(module, "sync_folder", lambda folder: None)
+    put(module, "sync", lambda folder: None)
 
 
 @bug
@@ -89,8 +89,8 @@ def no_dedupe() -> None:
     from learner.intake.tasks import State, TaskKey
 
     def has_result(self: Ledger, key: TaskKey) -> bool:
-        sample = self.state.find(key)
-        return sample is None or sample.state is State.DROPPED
+        group = self.state.open.get(key.ordinal)
+        return group is None or group.samples[key.sample_index].state is State.DROPPED
 
     put(Ledger, "has_result", has_result)
 

@@ -17,8 +17,9 @@ from typing import Any
 from tests.torture.check import check
 from tests.torture.disks import PlainDisk
 from tests.torture.history import History
-from tests.torture.players import VOCAB_SIZE, Actor, Ghost, Trainer, World, be_impatient
+from tests.torture.players import VOCAB_SIZE, Actor, Ghost, World, be_impatient
 from tests.torture.target import RoleProcess
+from tests.torture.trainer import Trainer
 from understudy.config import Config, write_config
 
 RUN = "run"
@@ -288,10 +289,13 @@ class Campaign:
 
 
 def free_address() -> str:
-    """A loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    """An address for a server that is killed and started again. Its port is none that the kernel
+    gives to connections, which would take it while the server is down."""
+    for port in random.sample(range(16_384, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return f"127.0.0.1:{port}"
+    raise AssertionError("no free port from 16384 to 32000")
 
 
 def make_config(plan: Plan, folder: Path, runs: Path) -> Config:

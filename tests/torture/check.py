@@ -216,7 +216,7 @@ def _members(event: log_pb2.BatchAssigned, with_uniform: bool = True) -> list[Ke
     return [
         Key(group.ordinal, index)
         for group in event.groups
-        if with_uniform or not group.uniform
+        if with_uniform or event.keeps_uniform or not group.uniform
         for index in group.sample_indices
     ]
 

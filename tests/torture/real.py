@@ -1,8 +1,9 @@
 """`understudy run` with vLLM and two trainer ranks, hit hard every few minutes.
 
-What is killed in turn: the inference server, a trainer rank, everything at once. torchrun starts a
-rank again; where `understudy run` ends, it is started again, as a cluster would do, and goes on
-from the newest checkpoint. Each kill must be followed by steps that the run has not taken before.
+First a trainer rank is stopped for a while, which the intake must notice and which ends no process.
+Then are killed in turn: the inference server, a trainer rank, everything at once. torchrun starts
+a rank again; where `understudy run` ends, it is started again, as a cluster would do, and goes on
+from the newest checkpoint. Each time there must follow steps that the run has not taken before.
 """
 
 import contextlib
@@ -29,7 +30,13 @@ KILL_EVERY_SECONDS = 180.0
 START_SECONDS = 300.0
 """vLLM takes its time."""
 CHECKPOINT_EVERY_STEPS = 3
-INFERENCE, TRAINER = "understudy.cli inference", "learner.trainer.main --stage"
+ROLE, INFERENCE = "understudy.cli ", "understudy.cli inference"
+TRAINER = "learner.trainer.main --stage"
+LAUNCHER = "--nproc-per-node"
+"""In torchrun's command line, which has the ranks' in it."""
+STOP_SECONDS, NOTICE_SECONDS = 30.0, 11.0
+"""How long a rank stands still; keepalive's 5 s and its timeout's 5 s, and the time to look."""
+NOTICE = b"does not answer"
 
 
 class Run:
@@ -87,11 +94,16 @@ class Run:
             return [parent, *parent.children(recursive=True)]
         return []
 
+    def find(self, words: str) -> list[psutil.Process]:
+        """Processes whose command line has the words; of torchrun's, the ranks only."""
+        commands = ((process, _command(process)) for process in self.family())
+        return [process for process, line in commands if words in line and LAUNCHER not in line]
+
     def kill(self, words: str, draw: random.Random) -> int:
         """kill -9 of one process whose command line has the words, or of all; returns how many."""
         family = self.family()
         if words:
-            found = [process for process in family if words in _command(process)]
+            found = self.find(words)
             family = [draw.choice(found)] if found else []
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -125,9 +137,11 @@ def torture(seconds: float, seed: int, folder: Path, every: float = KILL_EVERY_S
     draw = random.Random(seed)
     run = Run(folder)
     recoveries: dict[str, float] = {}
+    noticed = None
     try:
         run.start()
         recoveries["start"] = _progress(run, result, "the start")
+        noticed = _stand_still(run, result, draw)
         for name, words in _victims():
             if result.violations or time.monotonic() - begin + every > seconds:
                 break
@@ -145,6 +159,7 @@ def torture(seconds: float, seed: int, folder: Path, every: float = KILL_EVERY_S
         result.violations += [f"audit: {violation}" for violation in report.violations[:5]]
     result.figures = {"steps": report.steps_completed, "stored": report.verified_payloads}
     result.extra = {
+        "noticed_seconds": noticed and round(noticed, 1),
         "progress_seconds": {name: round(took, 1) for name, took in recoveries.items()},
         "starts": run.num_starts,
         "trainer_epoch": report.trainer_epoch,
@@ -153,6 +168,31 @@ def torture(seconds: float, seed: int, folder: Path, every: float = KILL_EVERY_S
     if result.ok:
         shutil.rmtree(folder / "model", ignore_errors=True)
     return result
+
+
+def _stand_still(run: Run, result: Result, draw: random.Random) -> float | None:
+    """Stop a trainer rank for a while: seconds until the intake said so, if it did."""
+    roles, ranks = run.find(ROLE), run.find(TRAINER)
+    if not ranks:
+        result.violations.append("no trainer rank runs that could be stopped")
+        return None
+    log = run.path / "logs" / "intake.log"
+    size, begin, noticed = log.stat().st_size, time.monotonic(), None
+    chosen = draw.choice(ranks)
+    chosen.send_signal(signal.SIGSTOP)
+    try:
+        while (passed := time.monotonic() - begin) < STOP_SECONDS:
+            if noticed is None and NOTICE in log.read_bytes()[size:]:
+                noticed = passed
+            time.sleep(0.1)
+    finally:
+        chosen.send_signal(signal.SIGCONT)
+    if noticed is None or noticed > NOTICE_SECONDS:
+        result.violations.append(f"a rank's stop was noticed after {noticed} s by the intake")
+    _progress(run, result, "the stop of a rank")
+    if (roles, ranks) != (run.find(ROLE), run.find(TRAINER)):
+        result.violations.append("a role or a rank was started again as a rank stood still")
+    return noticed
 
 
 def _victims() -> Iterator[tuple[str, str]]:

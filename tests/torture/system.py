@@ -20,8 +20,9 @@ from learner.log.reader import LogReader
 from tests.torture.campaign import RUN, Result, free_address
 from tests.torture.check import check
 from tests.torture.history import History
-from tests.torture.players import Trainer, World, be_impatient
+from tests.torture.players import World, be_impatient
 from tests.torture.target import RoleProcess
+from tests.torture.trainer import Trainer
 from understudy.config import Config, write_config
 
 NUM_ACTORS = NUM_ENVSERVERS = 2
