@@ -30,13 +30,14 @@ import uvloop
 from inference.engine import GenerationRequest
 from inference.servicer import InferenceServicer
 from inference.vllm_engine import VllmEngine
-from inference.weights import Shadow, plan_layout
+from inference.weights import Shadow
 from understudy.client import InferenceClient
 from understudy.config import InferenceConfig, ModelConfig, NetworkConfig
 from understudy.process import prepare_process
 from understudy.rpc import RoleControl, RoleServer, Service
 from understudy.trajectory import IntArray
 from understudy.v1 import common_pb2, inference_pb2_grpc
+from understudy.weights.layout import plan_layout
 
 CONCURRENCIES = (16, 64)
 REQUESTS_PER_SLOT = 6
