@@ -29,9 +29,11 @@ import pytest
 
 from actor.environment_pool import EnvironmentPool
 from actor.episode import Player
-from actor.evaluate import EvaluationPlan, evaluate
+from actor.evaluation.evaluate import evaluate
+from actor.evaluation.plan import EvaluationPlan
 from actor.inference_pool import InferencePool
 from actor.server import act
+from actor.tokens import TokenPolicy
 from actor.worker import LearnerRefusedError
 from conftest import serving
 from envserver.environment import Action, Environment, Step
@@ -429,7 +431,7 @@ async def test_an_answer_that_is_no_text_is_an_answer(
         async with environments(EchoSuite()) as address:
             network = NetworkConfig(inference=(inference,), envservers=(address,))
             pool, servers = InferencePool(network, 5.0), EnvironmentPool(network, 5.0)
-            trajectory = await Player(chat, pool, servers).play(lease_on("echo"))
+            trajectory = await Player(TokenPolicy(chat, pool), servers).play(lease_on("echo"))
             await pool.close()
             await servers.close()
     outcomes = (trajectory_pb2.OUTCOME_COMPLETED, trajectory_pb2.OUTCOME_TRUNCATED)

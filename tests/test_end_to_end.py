@@ -172,7 +172,8 @@ def test_a_killed_run_goes_on_where_it_was_and_replays_bit_for_bit(config_file: 
     assert set(taken) == set(range(steps))
     assert 0 < taken.count(2) <= 2
     versions = [line["version"] for line in lines_of(config_file, "version", "killed")]
-    assert versions == list(range(1, len(versions) + 1))
+    assert versions == sorted(set(versions))
+    assert versions[-1] <= len(versions) + 1  # the kill may have come before the line of one
 
     folder = config_file.parent / "killed"
     replayed = subprocess.run(

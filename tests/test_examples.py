@@ -86,7 +86,7 @@ async def test_reflect_lists_services_and_calls_methods() -> None:
         assert code == 0, errors
         lines = output.splitlines()
         assert "understudy.v1.EnvironmentService" in lines
-        assert "  Session(stream SessionRequest) -> stream SessionResponse" in lines
+        assert "  Sessions(stream SessionsRequest) -> stream SessionsResponse" in lines
         assert "  GetStatus(GetStatusRequest) -> GetStatusResponse" in lines
 
         code, output, _ = await reflect(address, "understudy.v1.ControlService/GetStatus")
@@ -106,7 +106,7 @@ async def test_reflect_lists_services_and_calls_methods() -> None:
     ("method", "request_json"),
     [
         ("understudy.v1.EnvironmentService/Nope", "{}"),
-        ("understudy.v1.EnvironmentService/Session", '{"stepp": {}}'),
+        ("understudy.v1.EnvironmentService/Sessions", '{"stepp": {}}'),
         ("understudy.v1.EnvironmentService/DescribeSuite", '{"suit": 1}'),
     ],
 )
@@ -139,10 +139,10 @@ async def test_reflect_calls_every_service(tmp_path: Path, bundle: Path) -> None
                 (inference, "InferenceService/DescribeModel", [], '"engine": "scripted"'),
                 (
                     environment,
-                    "EnvironmentService/Session",
+                    "EnvironmentService/Sessions",
                     [
-                        '{"reset": {"task": {"suite": "echo", "split": "train"}}}',
-                        '{"step": {"text": "0"}}',
+                        '{"requests": [{"reset": {"task": {"suite": "echo", "split": "train"}}}]}',
+                        '{"requests": [{"step": {"text": "0"}}]}',
                     ],
                     '"terminated": true',
                 ),

@@ -33,18 +33,24 @@ def test_no_room_imports_another_role(room: str) -> None:
 
 
 def test_intake_imports_no_torch_and_trainer_serves_no_network() -> None:
-    for path in (ROOT / "learner" / "intake").rglob("*.py"):
-        assert "torch" not in imports(path), path
+    for room in ("intake", "weights"):
+        for path in (ROOT / "learner" / room).rglob("*.py"):
+            assert "torch" not in imports(path), path
+    for path in (ROOT / "learner" / "weights").rglob("*.py"):
+        assert "learner.intake" not in path.read_text(), path
     for path in (ROOT / "learner" / "trainer").rglob("*.py"):
         assert "RoleServer" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("words", [["--help"], ["actor", "--help"], ["learner", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["actor", "--help"], ["eval", "--help"], ["learner", "--help"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys; from understudy.cli import main; sys.argv = ['understudy', *sys.argv[1:]]\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'vllm', 'transformers', 'grpc', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'grpc', 'matplotlib', 'openai'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run(
