@@ -189,9 +189,14 @@ async def test_a_call_that_is_cancelled_leaves_no_reply_to_the_next() -> None:
         assert outcomes[-1] == ("ok", "2\n")
 
 
+def autogroup(pid: int | str) -> list[str]:
+    """Words about a process's autogroup; none for one of a session without, as init's."""
+    return Path(f"/proc/{pid}/autogroup").read_text().split()
+
+
 def cpu_share(pid: int | str) -> tuple[str, int]:
     """Name of a process's autogroup, and its nice value."""
-    name, _, nice = Path(f"/proc/{pid}/autogroup").read_text().split()
+    name, _, nice = autogroup(pid)
     return name, int(nice)
 
 
@@ -209,8 +214,7 @@ needs_shares = pytest.mark.skipif(
 
 @needs_shares
 async def test_a_box_starts_on_a_small_share_of_the_cpus_and_then_has_its_own() -> None:
-    own = Path("/proc/self/autogroup")  # empty in a session that has none, as init's
-    before = own.read_text()
+    ours = autogroup("self")
     starting = asyncio.create_task(Box.start(Layout.find(), LIMITS, share.SMALL))
     seen = set()
     while not starting.done():
@@ -224,5 +228,5 @@ async def test_a_box_starts_on_a_small_share_of_the_cpus_and_then_has_its_own() 
     assert (name, share.SMALL) in seen
     assert (await box.call("python", code="import os; os.fork()")).outcome is Outcome.OK
     await box.close()
-    assert own.read_text() == before
-    assert name not in before.split()
+    assert autogroup("self") == ours
+    assert name not in ours
