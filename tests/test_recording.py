@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import sys
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,15 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
         assert here.session.recorder.num_turns == 1
 
 
+@pytest.fixture
+def usual_recursion() -> Iterator[None]:
+    """Python's own limit, as an actor has it: torch.compile raises it for good."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 def _nested(depth: int) -> bytes:
     """A call of an assistant's, with arguments that are nested."""
     function = {"name": "f", "arguments": '{"a":' * depth + "1" + "}" * depth}
@@ -287,7 +297,7 @@ def _nested(depth: int) -> bytes:
     ],
 )
 async def test_bodies_of_all_kinds(
-    chat: ChatFormat, bundle: Path, body: bytes, status: int
+    chat: ChatFormat, bundle: Path, usual_recursion: None, body: bytes, status: int
 ) -> None:
     async with endpoint(chat, bundle, "a") as here:
         got, answer = await asyncio.to_thread(_post, f"{here.session.url}/chat/completions", body)
