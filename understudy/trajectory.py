@@ -30,6 +30,7 @@ MAX_FIELDS = 2**12
 empty segment is two bytes in a payload, but hundreds once decoded: 6 KB can hold 8 GB of them."""
 _SEGMENTS = trajectory_pb2.Trajectory.SEGMENTS_FIELD_NUMBER
 MAX_TEMPERATURE = 10.0
+_OUTCOMES = frozenset(trajectory_pb2.Outcome.values()) - {trajectory_pb2.OUTCOME_UNSPECIFIED}
 _PART = re.compile(r"[A-Za-z0-9_-]{0,64}")
 
 
@@ -302,7 +303,7 @@ def _decode(message: trajectory_pb2.Trajectory) -> Trajectory:
         raise TrajectoryError(
             "BAD_PAYLOAD", f"temperature {message.sampling.temperature} is not in [0, 10]"
         )
-    if message.outcome not in trajectory_pb2.Outcome.values() or not message.outcome:
+    if message.outcome not in _OUTCOMES:
         raise TrajectoryError("BAD_PAYLOAD", f"outcome {message.outcome} is unknown")
     return Trajectory(
         suite=message.task.suite,
@@ -322,25 +323,27 @@ def _decode(message: trajectory_pb2.Trajectory) -> Trajectory:
 
 def _decode_segment(index: int, message: trajectory_pb2.Segment) -> Segment:
     where = f"segments[{index}]"
-    if len(message.token_ids) % 4 or len(message.logprobs) % 4:
+    token_bytes, logprob_bytes = message.token_ids, message.logprobs  # each access is a copy
+    if len(token_bytes) % 4 or len(logprob_bytes) % 4:
         raise TrajectoryError("BAD_PAYLOAD", f"{where}: columns are not whole 4-byte values")
-    token_ids = _from_planes(message.token_ids).view("<i4")
+    token_ids = _from_planes(token_bytes).view("<i4")
     mask = np.frombuffer(message.loss_mask, np.uint8)
-    logprobs = _from_planes(message.logprobs).view("<f4")
-    if len(mask) != len(token_ids) or (mask > 1).any():
+    logprobs = _from_planes(logprob_bytes).view("<f4")
+    if len(mask) != len(token_ids) or mask.max(initial=0) > 1:
         raise TrajectoryError(
             "BAD_PAYLOAD", f"{where}.loss_mask: {len(mask)} values for {len(token_ids)} tokens"
         )
     if mask[:1].any():
         raise TrajectoryError("BAD_PAYLOAD", f"{where}.loss_mask: the first token has no prompt")
-    num_sampled = int(mask.sum(dtype=np.int64))
+    num_sampled = int(np.count_nonzero(mask))
     if len(logprobs) != num_sampled:
         raise TrajectoryError(
             "BAD_PAYLOAD", f"{where}.logprobs: {len(logprobs)} values, {num_sampled} sampled tokens"
         )
-    if not (logprobs <= 0).all() or not np.isfinite(logprobs).all():
+    # A value that is no number makes both comparisons false.
+    if not (logprobs.max(initial=-1) <= 0 and logprobs.min(initial=-1) > -math.inf):
         raise TrajectoryError("BAD_PAYLOAD", f"{where}.logprobs: a value is not finite or above 0")
-    if (token_ids < 0).any():
+    if token_ids.min(initial=0) < 0:
         raise TrajectoryError("BAD_PAYLOAD", f"{where}.token_ids: a negative id")
     if not _PART.fullmatch(message.part):
         raise TrajectoryError(
@@ -349,7 +352,7 @@ def _decode_segment(index: int, message: trajectory_pb2.Segment) -> Segment:
         )
     return Segment(
         token_ids=token_ids,
-        loss_mask=mask.astype(bool),
+        loss_mask=mask.view(bool),
         logprobs=logprobs,
         version_spans=decode_spans(message.version_spans, num_sampled, where),
         part=message.part,

@@ -269,8 +269,9 @@ class Uplink:
                     if size > _MESSAGE_BYTES:
                         break
                     records.append(self._take_next())
-            packed = trajectory_pb2.TrajectoryRecords(records=records)
-            await call.write(trajectory_pb2.PushTrajectoriesRequest(records=packed))
+            request = trajectory_pb2.PushTrajectoriesRequest()
+            request.records.records.extend(records)  # one copy; given to constructors, two
+            await call.write(request)
 
     def _take_next(self) -> trajectory_pb2.TrajectoryRecord:
         record = self._records[self._num_sent]
