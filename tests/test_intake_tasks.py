@@ -216,8 +216,13 @@ async def test_credits_end_with_the_quota_and_come_back(tmp_path: Path) -> None:
             assert late.welcome.credits == trajectory_pb2.Credits()
             await rig.batch(0)
             await rig.complete(0)
+            await rig.publish(1)
+            # What would come of a lease could not be stored.
+            assert await rig.intake.lease("idle", 1, timeout=0.5) == []
+            waiting = asyncio.create_task(rig.intake.lease("idle", 1, timeout=20))
             await rig.checkpoint(1, oldest_kept_step=1)
             assert (await late.read()).ack.credits.records > 0
+            assert len(await waiting) == 1
 
 
 async def test_more_than_the_credits_is_refused(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class Intake:
         async with self._changed:
             await self._wait_for_lease(timeout)
             self._raise_if_closed()
-            if self._paused():
+            if self._leases_nothing():
                 return []
             leases = self.ledger.lease(actor_id, max_leases)
             offers = [self.ledger.offer(lease) for lease in leases]
@@ -134,8 +134,12 @@ class Intake:
             self._heard = time.monotonic()
 
     def _may_answer_lease(self) -> bool:
-        leasable = self.ledger.can_lease and not self._paused()
+        leasable = self.ledger.can_lease and not self._leases_nothing()
         return self._closed or self.ledger.exhausted or leasable
+
+    def _leases_nothing(self) -> bool:
+        """Somebody paused it, or the log has no room for what would come of a lease."""
+        return self._paused() or bool(self.log.throttled)
 
     def renew(self, actor_id: str, lease_ids: Sequence[int]) -> list[int]:
         """Extend leases; returns those that are gone."""
@@ -394,7 +398,7 @@ class Intake:
         """Whether no actor has said anything for so long that its leases have expired, and for as
         long again."""
         silent = time.monotonic() - self._heard > 2 * self.config.learner.tasks.lease_seconds
-        return silent and not self._num_idle_actors and not self._paused()
+        return silent and not self._num_idle_actors and not self._leases_nothing()
 
     def _set_gauges(self) -> None:
         balance = self.balance()

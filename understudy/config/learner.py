@@ -207,7 +207,8 @@ class LogConfig(Section):
     buffer_bytes: PositiveInt = 64 * 2**20
     """Most payload bytes in memory that are not on the disk yet; credits are shares of it."""
     quota_bytes: PositiveInt = 256 * 2**30
-    """Most bytes on the disk; at the quota, actors get no credits until there is room."""
+    """Most bytes on the disk; at the quota, actors get no credits and no leases until there is
+    room."""
     retention: Literal["all", "checkpoint"] = "all"
     """Payloads that are kept: all, so that the run can be replayed, or those that a trainer may
     still ask for after a restart from the oldest checkpoint. Events are kept for ever."""
