@@ -43,7 +43,8 @@ fuzz: setup ## Fuzz all decoders of what others send, a million inputs each
 	@$(BIN)/python -m tests.fuzz --list | xargs -I NAME -P $$(nproc) \
 	  $(BIN)/python -m tests.fuzz NAME -runs=1000000 -rss_limit_mb=1024 -verbosity=0
 
-# What CI does in minutes, at length: about an hour and a half. `make torture CASES=kills` runs a part.
+# What CI does in minutes, at length: about an hour and three quarters. `make torture CASES=kills` runs
+# a part.
 KILLS ?= 1000
 torture: setup ## Kill, stop and unplug every role at length, and check that nothing was lost
 	@$(BIN)/python -m tests.torture $(CASES) --kills $(KILLS)

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 from learner.cli import prepare_torchrun
-from tests.torture import stops, system
+from tests.torture import flood, stops, system
 
 RANK = """
 import os, signal, time
@@ -40,6 +40,13 @@ def test_a_run_goes_on_while_an_actor_stands_and_after_the_intake_stood(tmp_path
     for result in stops.torture(5, tmp_path, ("actor-0", "intake")):
         print(result.line())
         assert result.violations == []
+
+
+@pytest.mark.timeout(120)
+def test_memory_of_every_role_is_bounded_while_the_trainer_stands(tmp_path: Path) -> None:
+    result = flood.torture(30, tmp_path / "flood")
+    print(result.line())
+    assert result.violations == []
 
 
 @pytest.mark.timeout(120)

@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.torture import intake_cases, real, stops, system
+from tests.torture import flood, intake_cases, real, stops, system
 from tests.torture.campaign import Result
 from tests.torture.disks import images_work
 
-CASES = ("kills", "failpoints", "images", "strict", "bugs", "system", "stops", "real")
+CASES = ("kills", "failpoints", "images", "strict", "bugs", "system", "stops", "flood", "real")
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--plugs", type=int, default=100, help="crashes on each kind of disk")
     parser.add_argument("--seconds", type=float, default=600, help="length of `system`")
     parser.add_argument("--stop-seconds", type=float, default=30, help="length of a SIGSTOP")
+    parser.add_argument("--flood-seconds", type=float, default=600, help="length of `flood`")
     parser.add_argument("--real-seconds", type=float, default=1200, help="length of `real`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="kept afterwards; default: a temporary one")
@@ -54,6 +55,7 @@ def _results(case: str, arguments: argparse.Namespace, folder: Path) -> Iterator
         "bugs": lambda: intake_cases.find_bugs(seed, folder),
         "system": lambda: iter([system.torture(arguments.seconds, seed, folder)]),
         "stops": lambda: stops.torture(arguments.stop_seconds, folder),
+        "flood": lambda: iter([flood.torture(arguments.flood_seconds, folder)]),
         "real": lambda: iter([real.torture(arguments.real_seconds, seed, folder)]),
     }
     if case == "images" and (why := images_work(folder)):

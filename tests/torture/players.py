@@ -73,6 +73,11 @@ class World:
     """Set at each ack of a record."""
     step: int = 0
     """The trainer's next one."""
+    trains: asyncio.Event = field(default_factory=asyncio.Event)
+    """The trainer stands still while this is not set."""
+
+    def __post_init__(self) -> None:
+        self.trains.set()
 
     @property
     def address(self) -> str:

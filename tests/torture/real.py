@@ -3,7 +3,9 @@
 First a trainer rank is stopped for a while, which the intake must notice and which ends no process.
 Then are killed in turn: the inference server, a trainer rank, everything at once. torchrun starts
 a rank again; where `understudy run` ends, it is started again, as a cluster would do, and goes on
-from the newest checkpoint. Each time there must follow steps that the run has not taken before.
+from the newest checkpoint. Each time there must follow steps that the run has not taken before, and
+once everything is imported and the engine has started, the run must soon be at work. Trajectories a
+second are compared with those of a calm stretch, and with what the starts alone leave of them.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,7 @@ from learner.log.reader import LogReader
 from tests.test_end_to_end import CONFIG, run_module
 from tests.torture.campaign import Result, free_address
 from tests.torture.target import ROOT
+from tests.torture.timeline import RESUME_SECONDS, Kill, Timeline
 
 KILL_EVERY_SECONDS = 180.0
 START_SECONDS = 300.0
@@ -137,11 +140,15 @@ def torture(seconds: float, seed: int, folder: Path, every: float = KILL_EVERY_S
     draw = random.Random(seed)
     run = Run(folder)
     recoveries: dict[str, float] = {}
-    noticed = None
+    kills: list[Kill] = []
+    noticed, calm, chaos, end = None, 0.0, 0.0, 0.0
     try:
         run.start()
         recoveries["start"] = _progress(run, result, "the start")
         noticed = _stand_still(run, result, draw)
+        calm = time.time()
+        _wait(lambda: False, run, every / 2)
+        chaos = time.time()
         for name, words in _victims():
             if result.violations or time.monotonic() - begin + every > seconds:
                 break
@@ -149,11 +156,13 @@ def torture(seconds: float, seed: int, folder: Path, every: float = KILL_EVERY_S
             if not run.kill(words, draw):
                 result.violations.append(f"{name}: nothing of the kind runs")
                 break
-            result.kills += 1
+            kills.append(Kill(name=name, at=time.time(), engine=words != TRAINER))
             recoveries[name] = max(recoveries.get(name, 0.0), _progress(run, result, name))
             _wait(lambda: False, run, max(at + every - time.monotonic(), 0))
+        end = time.time()
     finally:
         run.stop()
+    result.kills = len(kills)
     report = audit_run(run.path)
     if not report.passed:
         result.violations += [f"audit: {violation}" for violation in report.violations[:5]]
@@ -164,6 +173,10 @@ def torture(seconds: float, seed: int, folder: Path, every: float = KILL_EVERY_S
         "starts": run.num_starts,
         "trainer_epoch": report.trainer_epoch,
     }
+    if kills:
+        timeline = Timeline.read(run.path)
+        _check_restarts(timeline, kills, result)
+        result.extra |= timeline.goodput((calm, chaos, end), kills)
     result.seconds = time.monotonic() - begin
     if result.ok:
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -193,6 +206,19 @@ def _stand_still(run: Run, result: Result, draw: random.Random) -> float | None:
     if (roles, ranks) != (run.find(ROLE), run.find(TRAINER)):
         result.violations.append("a role or a rank was started again as a rank stood still")
     return noticed
+
+
+def _check_restarts(timeline: Timeline, kills: Sequence[Kill], result: Result) -> None:
+    """Note how long each restart took, and how long the run then took to be at work."""
+    restarts: dict[str, list[float]] = {}
+    resumes: dict[str, list[float]] = {}
+    for kill in kills:
+        restart, resume = timeline.restart(kill)
+        restarts.setdefault(kill.name, []).append(round(restart, 1))
+        resumes.setdefault(kill.name, []).append(round(resume, 1))
+        if resume > RESUME_SECONDS:
+            result.violations.append(f"{kill.name}: at work {resume:.1f} s after everything ran")
+    result.extra |= {"restart_seconds": restarts, "resume_seconds": resumes}
 
 
 def _victims() -> Iterator[tuple[str, str]]:

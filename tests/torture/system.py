@@ -12,7 +12,7 @@ import itertools
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.rollout import REPLIES, _write_bundle
@@ -24,6 +24,7 @@ from tests.torture.players import World, be_impatient
 from tests.torture.target import RoleProcess
 from tests.torture.trainer import Trainer
 from understudy.config import Config, write_config
+from understudy.config.base import apply_overrides
 
 NUM_ACTORS = NUM_ENVSERVERS = 2
 CONCURRENCY = 16
@@ -40,11 +41,13 @@ class System:
     Args:
         folder: where everything goes.
         seed: of the trainer's whims.
+        settings: `section.key=value` of the configuration, where it is to be another.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, settings: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
+        self._settings = settings
         self.envservers = [free_address() for _ in range(NUM_ENVSERVERS)]
         self.scrapes: dict[str, str] = {}
         self.config = self._make_config()
@@ -58,40 +61,39 @@ class System:
         _write_bundle(self.folder / "model")
         listen, inference = free_address(), free_address()
         nowhere = "127.0.0.1:0"
-        return Config.model_validate(
-            {
-                "run": {"name": RUN, "directory": self.folder},
-                "model": {"path": self.folder / "model", "tools": "signatures"},
-                "network": {
-                    "learner": listen,
-                    "inference": [inference],
-                    "envservers": self.envservers,
+        values = {
+            "run": {"name": RUN, "directory": str(self.folder)},
+            "model": {"path": str(self.folder / "model"), "tools": "signatures"},
+            "network": {
+                "learner": listen,
+                "inference": [inference],
+                "envservers": self.envservers,
+            },
+            "envserver": {
+                "metrics_listen": nowhere,
+                "suites": ["tests.torture.suite:CoinSuite"],
+            },
+            "inference": {
+                "listen": inference,
+                "metrics_listen": nowhere,
+                "engine": "scripted",
+                "scripted": {"latency_seconds": 0.05, "replies": REPLIES},
+            },
+            "actor": {"metrics_listen": nowhere, "concurrency": CONCURRENCY},
+            "learner": {
+                "listen": listen,
+                "metrics_listen": nowhere,
+                "log": {"segment_bytes": 2**20},
+                "tasks": {
+                    "suite": "coin",
+                    "group_size": 4,
+                    "groups_per_batch": 8,
+                    "lease_seconds": LEASE_SECONDS,
                 },
-                "envserver": {
-                    "metrics_listen": nowhere,
-                    "suites": ["tests.torture.suite:CoinSuite"],
-                },
-                "inference": {
-                    "listen": inference,
-                    "metrics_listen": nowhere,
-                    "engine": "scripted",
-                    "scripted": {"latency_seconds": 0.05, "replies": REPLIES},
-                },
-                "actor": {"metrics_listen": nowhere, "concurrency": CONCURRENCY},
-                "learner": {
-                    "listen": listen,
-                    "metrics_listen": nowhere,
-                    "log": {"segment_bytes": 2**20},
-                    "tasks": {
-                        "suite": "coin",
-                        "group_size": 4,
-                        "groups_per_batch": 8,
-                        "lease_seconds": LEASE_SECONDS,
-                    },
-                    "train": {"steps": 1_000_000},
-                },
-            }
-        )
+                "train": {"steps": 1_000_000},
+            },
+        }
+        return Config.model_validate(apply_overrides(values, self._settings))
 
     def _make_processes(self) -> dict[str, RoleProcess]:
         processes = {"intake": self._process("intake", "learner", "--part", "intake")}

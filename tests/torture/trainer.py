@@ -45,6 +45,7 @@ class Trainer:
                 while True:
                     await self._start(weights)
                     while self._random.random() >= self._restart_share:
+                        await self._world.trains.wait()
                         await self._step(weights)
             finally:
                 await self._channel.close()
