@@ -205,7 +205,9 @@ async def test_wrong_envelopes_end_the_stream(tmp_path: Path, field: str, reason
 SMALL_DISK = {"quota_bytes": 12_000, "segment_bytes": 4096, "retention": "checkpoint"}
 
 
-async def test_credits_end_with_the_quota_and_come_back(tmp_path: Path) -> None:
+async def test_credits_end_with_the_quota_and_come_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = make_config(tmp_path, log=SMALL_DISK, groups_per_batch=1)
     async with running(config) as rig:
         leases = await rig.lease()
@@ -219,10 +221,13 @@ async def test_credits_end_with_the_quota_and_come_back(tmp_path: Path) -> None:
             await rig.publish(1)
             # What would come of a lease could not be stored.
             assert await rig.intake.lease("idle", 1, timeout=0.5) == []
+            assert "learner.log.quota_bytes = 12000: nothing is leased" in caplog.text
             waiting = asyncio.create_task(rig.intake.lease("idle", 1, timeout=20))
             await rig.checkpoint(1, oldest_kept_step=1)
             assert (await late.read()).ack.credits.records > 0
             assert len(await waiting) == 1
+            assert caplog.text.count("nothing is leased") == 1
+            assert "below its quota again" in caplog.text
 
 
 async def test_more_than_the_credits_is_refused(tmp_path: Path) -> None:

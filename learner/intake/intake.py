@@ -85,6 +85,7 @@ class Intake:
         self._dropped: Mapping[str, int] = self.balance().dropped
         self._num_askers = 0
         self._num_idle_actors = 0
+        self._at_quota = False
         """Calls that wait for a lease."""
         self._heard = time.monotonic() + FIRST_WORD_SECONDS
         """When an actor last said anything; at the start, when one is to have said something."""
@@ -389,10 +390,26 @@ class Intake:
                 # Given back just now, or held up by a pause; or there is an end to be told.
                 if self._report_evaluations() or self.ledger.can_lease:
                     self._changed.notify_all()
-            if not self.log.throttled:
-                self.on_room()
+            self._watch_room()
             self._set_gauges()
             self._say_waiting()
+
+    def _watch_room(self) -> None:
+        """Offer the log's room; say it when the quota takes it away, and when it is back."""
+        at_quota = self.log.throttled == "quota"
+        if at_quota and not self._at_quota:
+            _log.warning(
+                "the log is at its quota, learner.log.quota_bytes = %d: nothing is leased or taken "
+                "until a checkpoint lets payloads go (learner.log.retention = %r); if none will, "
+                "raise the quota",
+                self.config.learner.log.quota_bytes,
+                self.config.learner.log.retention,
+            )
+        elif self._at_quota and not at_quota:
+            _log.warning("the log is below its quota again")
+        self._at_quota = at_quota
+        if not self.log.throttled:
+            self.on_room()
 
     def _nobody_plays(self) -> bool:
         """Whether no actor has said anything for so long that its leases have expired, and for as
