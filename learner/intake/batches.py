@@ -190,8 +190,9 @@ def _item(step: int, sample: Sample, group_index: int, reward_index: int) -> Bat
 
 
 def _summary(sample: Sample) -> EpisodeSummary:
-    assert sample.summary is not None
-    return sample.summary
+    summary = sample.summary
+    assert summary is not None
+    return summary
 
 
 def split(items: Sequence[BatchItem], world_size: int) -> list[list[BatchItem]]:

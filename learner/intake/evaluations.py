@@ -75,7 +75,8 @@ def evaluation_of(event: log_pb2.EvaluationIssued, issued_us: int) -> Evaluation
 def figures_of(evaluation: Evaluation, now_us: int) -> dict[str, Any]:
     """Figures of an evaluation that has ended, for its line in metrics.jsonl. Accuracy is the mean
     reward of the episodes that were played to an end; `dropped` says how many were not."""
-    played = [sample.summary for sample in evaluation.samples if sample.summary]
+    summaries = [sample.summary for sample in evaluation.samples]
+    played = [summary for summary in summaries if summary]
     rewards = [summary.reward for summary in played]
     levels = sorted({summary.level for summary in played})
     newest = [summary.newest_version for summary in played]

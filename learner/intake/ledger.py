@@ -444,8 +444,9 @@ class Ledger:
     def _drop_stale(self) -> None:
         for group in list(self.state.open.values()):
             for sample in group.in_state(State.STORED):
-                assert sample.summary is not None
-                if self._too_stale(sample.summary):
+                summary = sample.summary
+                assert summary is not None
+                if self._too_stale(summary):
                     self._drop(sample.key, "stale")
             self._settle(group.ordinal)
 

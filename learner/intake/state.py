@@ -200,7 +200,7 @@ class RunState:
     def _on_trajectory_stored(self, event: log_pb2.TrajectoryStored, location: Location) -> None:
         sample = self._sample(event.task_key)
         self._withdraw(sample)
-        sample.summary = event.summary
+        sample.packed_summary = event.summary.SerializeToString()
         sample.location = location
         self._set(sample, State.EVALUATED if sample.key.evaluation else State.STORED)
         if sample.key.evaluation:

@@ -63,10 +63,17 @@ class Sample:
     """Lease that it is played under; 0 if it is not LEASED."""
     reason: str = ""
     """Why it was dropped."""
-    summary: EpisodeSummary | None = None
-    """Its trajectory in numbers; set from STORED on, and where it is EVALUATED."""
+    packed_summary: bytes | None = None
+    """Its trajectory in numbers; set from STORED on, and where it is EVALUATED. Packed, since a
+    part of a message keeps all of it in memory: 0.4 KB a sample rather than 1.6."""
     location: Location | None = None
     """Where the log has its trajectory; set from STORED on, and where it is EVALUATED."""
+
+    @property
+    def summary(self) -> EpisodeSummary | None:
+        """Its trajectory in numbers, read anew each time."""
+        packed = self.packed_summary
+        return None if packed is None else EpisodeSummary.FromString(packed)
 
     @property
     def pending(self) -> bool:
@@ -96,7 +103,8 @@ class Group:
     @property
     def reward_mean(self) -> float:
         """Mean reward of the samples that are stored, as the environment gave it; 0 without any."""
-        rewards = [s.summary.reward for s in self.in_state(State.STORED) if s.summary]
+        summaries = [sample.summary for sample in self.in_state(State.STORED)]
+        rewards = [summary.reward for summary in summaries if summary]
         return sum(rewards) / max(len(rewards), 1)
 
     @property

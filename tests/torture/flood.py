@@ -21,6 +21,9 @@ TIMES = 10
 """Episodes side by side, as a multiple of those of the other cases."""
 MIB = 2**20
 BUFFER_BYTES = UNACKED_BYTES = MIB
+GROUPS_PER_BATCH = 64
+"""So many that the trainer works off a whole segment of the log, whose payloads go together, in
+some seconds."""
 QUOTA_BYTES_PER_SECOND = 64 * 2**10
 """Quota for each second of the flood: reached in less than half of it."""
 SLACK_BYTES = 32 * MIB
@@ -48,6 +51,7 @@ async def _torture(seconds: float, folder: Path) -> Result:
             f"learner.log.quota_bytes={quota}",
             "learner.log.retention=checkpoint",
             "learner.tasks.max_staleness=1000000",
+            f"learner.tasks.groups_per_batch={GROUPS_PER_BATCH}",
         ),
     )
     result = Result(campaign="flood", seed=0)
