@@ -16,6 +16,7 @@ import numpy as np
 
 from understudy.chat import ChatFormat
 from understudy.client import Generation
+from understudy.routes import RouteArray
 from understudy.trajectory import BoolArray, FloatArray, IntArray, Segment, VersionSpan
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -32,6 +33,9 @@ class Draft:
     logprobs: list[FloatArray] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     num_sampled: int = 0
+    routes: list[RouteArray] = field(default_factory=list)
+    num_routes: int = 0
+    """Tokens whose routes are known."""
 
     @classmethod
     def begin(cls, text: str, token_ids: IntArray) -> "Draft":
@@ -51,6 +55,11 @@ class Draft:
         for span in generation.version_spans:
             self._add_span(span)
         self.num_sampled += len(generation.token_ids)
+        if generation.routes is not None:
+            # The newest rows: an earlier reply may have brought some of those that came.
+            missing = len(self.token_ids) - 1 - self.num_routes
+            self.routes.append(generation.routes[len(generation.routes) - missing :])
+            self.num_routes += missing
 
     def _add_span(self, span: VersionSpan) -> None:
         start, end = span.start + self.num_sampled, span.end + self.num_sampled
@@ -67,6 +76,7 @@ class Draft:
             loss_mask=mask[:length],
             logprobs=np.concatenate(self.logprobs),
             version_spans=tuple(self.spans),
+            routes=np.concatenate(self.routes)[: length - 1] if self.routes else None,
         )
 
 
@@ -137,6 +147,11 @@ class Conversation:
     def num_sampled(self) -> int:
         """Sampled tokens of the current segment so far."""
         return self._drafts[-1].num_sampled
+
+    @property
+    def num_routes(self) -> int:
+        """Tokens of the current segment whose routes are known."""
+        return self._drafts[-1].num_routes
 
     def segments(self) -> tuple[Segment, ...]:
         """The finished segments; those without a sampled token are left out."""

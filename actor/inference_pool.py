@@ -9,7 +9,7 @@ import grpc
 
 from actor.policy import InferenceFailedError
 from understudy import metrics
-from understudy.client import Generation, InferenceClient, wait_any_ready
+from understudy.client import BadReplyError, Generation, InferenceClient, wait_any_ready
 from understudy.config import NetworkConfig
 from understudy.errors import PeerUnreachableError
 from understudy.rpc import error_reason, retry_after_seconds
@@ -25,13 +25,21 @@ class InferencePool:
 
     An episode's calls go to one replica, so that its prefix stays cached there. A call that the
     replica refuses for now is tried on the next in the episode's order, from the same prompt.
+
+    Args:
+        network: it names the replicas.
+        timeout_seconds: longest that a reply may take, over all tries.
+        with_routes: whether to ask for routes, `model.router_replay`.
     """
 
-    def __init__(self, network: NetworkConfig, timeout_seconds: float) -> None:
+    def __init__(
+        self, network: NetworkConfig, timeout_seconds: float, *, with_routes: bool = False
+    ) -> None:
         self._replicas = {
             address: InferenceClient(address, network) for address in network.inference
         }
         self._timeout = timeout_seconds
+        self._with_routes = with_routes
 
     async def wait_ready(self) -> None:
         """Wait until a replica answers. Raises PeerUnreachableError if none does."""
@@ -58,8 +66,17 @@ class InferencePool:
         sampling: common_pb2.SamplingParameters,
         prefix_key: str,
         min_version: int = 0,
+        *,
+        routes_from: int = 0,
     ) -> Generation:
         """Sample one reply within the configured time.
+
+        Args:
+            prompt: [P] tokens.
+            sampling: temperature, max_new_tokens, stop tokens.
+            prefix_key: calls with one key share a prefix.
+            min_version: lowest policy version that may answer.
+            routes_from: first token whose routes are wanted, where routes are asked for.
 
         Raises:
             InferenceFailedError: every try was refused, or an error that no retry mends.
@@ -75,8 +92,11 @@ class InferencePool:
                     sampling,
                     prefix_key=prefix_key,
                     min_version=min_version,
+                    routes_from=routes_from if self._with_routes else None,
                     timeout=max(deadline - time.monotonic(), 0.001),
                 )
+            except BadReplyError as error:
+                raise InferenceFailedError(str(error)) from None
             except grpc.aio.AioRpcError as error:
                 attempt += 1
                 await self._back_off(error, attempt, len(order), deadline)

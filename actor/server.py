@@ -78,7 +78,11 @@ async def act(config: Config) -> int:
     control = RoleControl("actor")
     server = RoleServer("actor", config.actor.listen, config.network, [], control)
     learner = TaskClient(config.network.learner, config.network)
-    inference = InferencePool(config.network, config.actor.generate_timeout_seconds)
+    inference = InferencePool(
+        config.network,
+        config.actor.generate_timeout_seconds,
+        with_routes=config.model.router_replay,
+    )
     environments = EnvironmentPool(config.network, config.actor.step_timeout_seconds)
     try:
         await server.bind()

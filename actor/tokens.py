@@ -103,7 +103,14 @@ class TokenSpeaker(Sampled):
         return self._lease.max_tokens - self._conversation.measure(messages)
 
     async def _generate(self, prompt: IntArray) -> Generation:
-        return await sample(self._chat, self._inference, self._lease, prompt, self._num_replies)
+        return await sample(
+            self._chat,
+            self._inference,
+            self._lease,
+            prompt,
+            self._num_replies,
+            routes_from=self._conversation.num_routes,
+        )
 
     def segments(self) -> tuple[Segment, ...]:
         """The conversation's finished segments."""
@@ -117,6 +124,7 @@ async def sample(
     prompt: IntArray,
     turn: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    routes_from: int = 0,
 ) -> Generation:
     """Sample one reply as the lease says.
 
@@ -124,6 +132,7 @@ async def sample(
         prompt: [P] tokens.
         turn: replies of this episode before it; seeds differ by it.
         max_new_tokens: what the caller wants at most; the lease's limits hold too.
+        routes_from: tokens of the prompt whose routes are known, where routes are recorded.
 
     Raises:
         CutShortError: the prompt leaves no room for a reply.
@@ -140,7 +149,9 @@ async def sample(
     if lease.sampling.HasField("seed"):
         sampling.seed = turn_seed(lease.sampling.seed, turn)
     key = f"{lease.ordinal}-{lease.sample_index}"
-    generation = await inference.generate(prompt, sampling, key, lease.min_version)
+    generation = await inference.generate(
+        prompt, sampling, key, lease.min_version, routes_from=routes_from
+    )
     _refuse_newer(generation, lease.max_version)
     return generation
 

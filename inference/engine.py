@@ -10,6 +10,7 @@ from typing import Literal
 
 from inference.weights import Shadow
 from understudy.errors import UnderstudyError
+from understudy.routes import RouteArray
 from understudy.trajectory import FloatArray, IntArray, VersionSpan
 
 
@@ -39,6 +40,8 @@ class GenerationRequest:
     """Seed of the request's own random stream; None draws from the engine's."""
     prefix_key: str = ""
     """Calls with one key share a prefix, normally one episode."""
+    routes_from: int | None = None
+    """First token of the prompt whose routes are wanted; None wants none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Generation:
     """Policy versions over the G tokens, ascending and contiguous from 0."""
     finish_reason: Literal["stop", "length"]
     """`stop`: the last token is a stop token. `length`: max_new_tokens were sampled."""
+    routes: RouteArray | None = None
+    """[R, L, K] experts of the tokens from `routes_from` to the one before the last sampled one."""
 
 
 class Engine(ABC):
@@ -67,6 +72,9 @@ class Engine(ABC):
     reproducible: bool = False
     """Whether a seeded request gets the same reply, bit for bit, whatever else is batched with it
     or cached; valid after start."""
+
+    returns_routes: bool = False
+    """Whether a request may ask for routes."""
 
     @property
     def failure(self) -> str | None:

@@ -103,7 +103,7 @@ def make_engine(config: Config) -> Engine:
     if config.inference.engine == "scripted":
         from inference.scripted import ScriptedEngine
 
-        return ScriptedEngine(config.inference)
+        return ScriptedEngine(config.inference, router_replay=config.model.router_replay)
     if config.learner.weights.transport != "delta":
         from inference.vllm_receiver import ReceivingVllmEngine
 

@@ -10,6 +10,7 @@ import numpy as np
 from inference.engine import Engine, EngineError, Generation, GenerationRequest
 from understudy import metrics
 from understudy.config import InferenceConfig
+from understudy.routes import encode_routes
 from understudy.rpc import RoleControl, ServiceError
 from understudy.trajectory import IntArray
 from understudy.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -138,6 +139,9 @@ def decode_request(
         raise _bad("BAD_PROMPT", f"prefix_key is longer than {MAX_PREFIX_KEY_BYTES} bytes")
     sampling = request.sampling
     _check_sampling(sampling, engine)
+    wants_routes = request.HasField("routes_from")
+    if wants_routes:
+        _check_routes(request.routes_from, len(prompt), engine)
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
@@ -146,6 +150,7 @@ def decode_request(
         stop_token_ids=tuple(sampling.stop_token_ids),
         seed=sampling.seed if sampling.HasField("seed") else None,
         prefix_key=request.prefix_key,
+        routes_from=request.routes_from if wants_routes else None,
     )
 
 
@@ -168,6 +173,17 @@ def _decode_prompt(data: bytes, engine: Engine) -> IntArray:
             f"{engine.vocab_size - 1}",
         )
     return prompt
+
+
+def _check_routes(routes_from: int, num_tokens: int, engine: Engine) -> None:
+    if not engine.returns_routes:
+        raise _bad(
+            "BAD_PROMPT",
+            f"routes_from = {routes_from}, but this replica records no routes; leave it out, or "
+            "set model.router_replay = true for all roles",
+        )
+    if routes_from > num_tokens:
+        raise _bad("BAD_PROMPT", f"routes_from = {routes_from}; the prompt has {num_tokens} tokens")
 
 
 def _check_sampling(sampling: common_pb2.SamplingParameters, engine: Engine) -> None:
@@ -207,4 +223,5 @@ def encode_generation(generation: Generation) -> inference_pb2.GenerateResponse:
             for span in generation.version_spans
         ],
         finish_reason=_FINISH[generation.finish_reason],
+        routes=encode_routes(generation.routes) if generation.routes is not None else None,
     )

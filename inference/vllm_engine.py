@@ -61,6 +61,7 @@ class VllmEngine(Engine):
     def __init__(self, config: InferenceConfig, model: ModelConfig) -> None:
         self._config = config
         self._model = model
+        self.returns_routes = model.router_replay
         self._llm: AsyncLLM | None = None
         self._vocab_size = 0
         self._version = 0
@@ -145,7 +146,7 @@ class VllmEngine(Engine):
         output = await self._run(
             request.request_id, request.prompt_token_ids, _sampling_params(request)
         )
-        return _generation(output.outputs[0])
+        return _generation(output.outputs[0], with_routes=request.routes_from is not None)
 
     async def prompt_logprobs(self, token_ids: IntArray) -> FloatArray:
         """[N-1] log-probability of token 1..N-1 given those before it, at temperature 1."""
@@ -325,6 +326,7 @@ def _sampling_params(request: GenerationRequest) -> "SamplingParams":
         detokenize=False,
         output_kind=final_only,
         skip_clone=True,
+        routed_experts_prompt_start=request.routes_from or 0,
     )
     return params
 
@@ -343,7 +345,7 @@ def _sampling_types() -> tuple[Any, Any]:
     return SamplingParams, RequestOutputKind.FINAL_ONLY
 
 
-def _generation(output: "CompletionOutput") -> Generation:
+def _generation(output: "CompletionOutput", *, with_routes: bool) -> Generation:
     token_ids = np.asarray(output.token_ids, np.int32)
     logprobs: Any = output.logprobs
     return Generation(
@@ -354,4 +356,5 @@ def _generation(output: "CompletionOutput") -> Generation:
             for span in output.weight_versions or ()
         ),
         finish_reason="stop" if output.finish_reason == "stop" else "length",
+        routes=output.routed_experts if with_routes else None,
     )

@@ -57,7 +57,7 @@ def engine_args(
         transfer_backend: vLLM's name of what brings weights into the worker.
 
     Raises:
-        ValueError: a mixture of experts with adapters on CPUs.
+        ValueError: on CPUs, a mixture of experts with adapters, or one whose routes are wanted.
     """
     from vllm.config import WeightTransferConfig
     from vllm.config.lora import MaxLoRARanks
@@ -67,6 +67,10 @@ def engine_args(
     from inference.plugin import BACKEND
 
     on_cpu = current_platform.is_cpu()
+    if on_cpu and model.router_replay:
+        raise ValueError(
+            "model.router_replay = true, but vLLM records routes on GPUs only; set it to false"
+        )
     device: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
     if on_cpu:
         device = {
@@ -102,6 +106,7 @@ def engine_args(
         disable_log_stats=on_cpu,  # vLLM's own metrics cost 3 % of a small model's time
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend or BACKEND),
         worker_extension_cls="inference.plugin.ShadowWorker",
+        enable_return_routed_experts=model.router_replay,
         **device,
         **adapter,
     )

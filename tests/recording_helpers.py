@@ -54,10 +54,12 @@ def config_of(bundle: Path, inference: str, *envservers: str) -> Config:
 
 
 @asynccontextmanager
-async def recordings(chat: ChatFormat, bundle: Path, inference: str) -> AsyncIterator[Recordings]:
+async def recordings(
+    chat: ChatFormat, bundle: Path, inference: str, *, router_replay: bool = False
+) -> AsyncIterator[Recordings]:
     """The endpoint of an actor without episodes."""
     config = config_of(bundle, inference)
-    pool = InferencePool(config.network, timeout_seconds=10.0)
+    pool = InferencePool(config.network, timeout_seconds=10.0, with_routes=router_replay)
     try:
         async with serve_recordings(config, chat, pool) as endpoint:
             yield endpoint

@@ -57,12 +57,14 @@ async def environments() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def engine(bundle: Path, replies: Sequence[str], version: int = 1) -> AsyncIterator[str]:
+async def engine(
+    bundle: Path, replies: Sequence[str], version: int = 1, *, router_replay: bool = False
+) -> AsyncIterator[str]:
     """An inference server whose scripted engine serves one version."""
     from understudy.config import InferenceConfig, ScriptedConfig
 
     config = InferenceConfig(scripted=ScriptedConfig(latency_seconds=0, replies=tuple(replies)))
-    scripted = ScriptedEngine(config)
+    scripted = ScriptedEngine(config, router_replay=router_replay)
     await scripted.start(bundle)
     await scripted.load_weights(None, version)  # type: ignore[arg-type]
     control = RoleControl("inference")
@@ -119,17 +121,20 @@ async def play(
     replies: Sequence[str],
     lease: Lease,
     version: int = 1,
+    *,
+    router_replay: bool = False,
     **network: Any,
 ) -> Trajectory:
     """Play one lease against an environment server and a scripted engine."""
-    async with environments() as environment, engine(bundle, replies, version) as inference:
+    served = engine(bundle, replies, version, router_replay=router_replay)
+    async with environments() as environment, served as inference:
         config = Config.model_validate(
             {
                 "model": {"path": bundle},
                 "network": {"inference": [inference], "envservers": [environment], **network},
             }
         )
-        pool = InferencePool(config.network, timeout_seconds=1.0)
+        pool = InferencePool(config.network, timeout_seconds=1.0, with_routes=router_replay)
         servers = EnvironmentPool(config.network, step_timeout_seconds=5.0)
         try:
             return await Player(TokenPolicy(chat, pool), servers).play(lease)

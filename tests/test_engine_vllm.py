@@ -435,6 +435,13 @@ async def test_kept_keys_and_values_do_not_reach_new_requests(untied: VllmEngine
     assert [span.version for span in (await running).version_spans] == [2, 3]
 
 
+async def test_routes_are_refused_on_cpus(tmp_path: Path) -> None:
+    make_model(0).config.save_pretrained(tmp_path)
+    model = ModelConfig(path=tmp_path, dtype="float32", router_replay=True)
+    with pytest.raises(EngineError, match="router_replay = true, but vLLM records routes on GPUs"):
+        await VllmEngine(InferenceConfig(), model).start(tmp_path)
+
+
 async def test_core_that_dies_fails_its_requests_and_is_reported(untied: VllmEngine) -> None:
     request = GenerationRequest(
         request_id="lost", prompt_token_ids=PROMPT, temperature=1.0, max_new_tokens=400

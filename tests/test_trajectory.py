@@ -80,13 +80,21 @@ def make_record(trajectory: Trajectory, **fields: object) -> trajectory_pb2.Traj
     st.from_regex(r"[A-Za-z0-9_-]{0,64}", fullmatch=True),
     st.booleans(),
     st.builds(PartCall, turn=st.just(0), tool_call=st.integers(0, 9)) | st.none(),
+    st.booleans(),
 )
 def test_round_trip_is_exact(
-    num_prompt: int, num_sampled: int, part: str, frozen: bool, caller: PartCall | None
+    num_prompt: int,
+    num_sampled: int,
+    part: str,
+    frozen: bool,
+    caller: PartCall | None,
+    has_routes: bool,
 ) -> None:
     trajectory = make_trajectory(num_prompt + num_sampled, num_sampled)
     (begins,), (turn,) = trajectory.segments, trajectory.turns
-    segment = dataclasses.replace(begins, part=part, frozen=frozen, caller=caller)
+    shape = num_prompt + num_sampled - 1, 2, 3
+    routes = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape) if has_routes else None
+    segment = dataclasses.replace(begins, part=part, frozen=frozen, caller=caller, routes=routes)
     if caller:  # which a turn of another part made
         later = dataclasses.replace(turn, segment=1)
         trajectory = dataclasses.replace(
@@ -97,10 +105,11 @@ def test_round_trip_is_exact(
     else:
         trajectory = dataclasses.replace(trajectory, segments=(segment,))
     decoded = decode_record(make_record(trajectory))
-    for name in ("token_ids", "loss_mask", "logprobs"):
+    for name in ("token_ids", "loss_mask", "logprobs", *["routes"] * has_routes):
         left, right = getattr(decoded.segments[-1], name), getattr(segment, name)
         np.testing.assert_array_equal(left, right)
         assert left.dtype == right.dtype
+    assert has_routes or decoded.segments[-1].routes is None
     for name in ("version_spans", "part", "frozen", "caller"):
         assert getattr(decoded.segments[-1], name) == getattr(segment, name)
     assert decoded.num_sampled_tokens == (0 if frozen else num_sampled)
@@ -164,6 +173,7 @@ def _broken(change: str) -> trajectory_pb2.Trajectory:
         "part line end": lambda: setattr(segment, "part", "a\n"),
         "part letters": lambda: setattr(segment, "part", "\u00e9"),
         "called by itself": lambda: setattr(segment.caller, "tool_call", 1),
+        "routes of others": lambda: setattr(segment.routes, "experts", b"\x01" * 6),
     }
     changes[change]()
     return message
@@ -177,6 +187,7 @@ def _broken(change: str) -> trajectory_pb2.Trajectory:
         *("turn range", "turn reward", "reward", "outcome"),
         *("part long", "part characters", "part line end", "part letters"),
         "called by itself",
+        "routes of others",
     ],
 )
 def test_each_broken_rule_is_refused(change: str) -> None:

@@ -16,6 +16,7 @@ import zstandard
 from google.protobuf.message import DecodeError
 
 from understudy.compression import Contexts
+from understudy.routes import RouteArray, decode_routes, encode_routes
 from understudy.v1 import common_pb2, trajectory_pb2
 from understudy.wire import WireError, check_num_fields
 
@@ -80,6 +81,8 @@ class Segment:
     """It is not learned from: its part does not learn, and may be another policy."""
     caller: PartCall | None = None
     """Where the part was called, or handed the conversation; None of the part that begins."""
+    routes: RouteArray | None = None
+    """[T - 1, L, K] experts that all tokens but the last were sent to; None if not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +185,7 @@ def _encode_segment(segment: Segment) -> trajectory_pb2.Segment:
         part=segment.part,
         frozen=segment.frozen,
         caller=_encode_call(segment.caller) if segment.caller else None,
+        routes=encode_routes(segment.routes) if segment.routes is not None else None,
     )
 
 
@@ -360,7 +364,19 @@ def _decode_segment(index: int, message: trajectory_pb2.Segment) -> Segment:
         caller=PartCall(turn=message.caller.turn, tool_call=message.caller.tool_call)
         if message.HasField("caller")
         else None,
+        routes=_decode_routes(message, len(token_ids), where),
     )
+
+
+def _decode_routes(
+    message: trajectory_pb2.Segment, num_tokens: int, where: str
+) -> RouteArray | None:
+    if not message.HasField("routes"):
+        return None
+    try:
+        return decode_routes(message.routes, max(num_tokens - 1, 0))
+    except ValueError as error:
+        raise TrajectoryError("BAD_PAYLOAD", f"{where}.routes: {error}") from None
 
 
 def decode_spans(

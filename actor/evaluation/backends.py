@@ -41,7 +41,11 @@ async def service_backend(config: Config) -> AsyncIterator[Opener]:
         ConfigError: the learner's model folder has no usable tokenizer or template.
     """
     learner = TaskClient(config.network.learner, config.network)
-    inference = InferencePool(config.network, config.actor.generate_timeout_seconds)
+    inference = InferencePool(
+        config.network,
+        config.actor.generate_timeout_seconds,
+        with_routes=config.model.router_replay,
+    )
     stack = contextlib.AsyncExitStack()
     try:
         for peer in (learner, inference):

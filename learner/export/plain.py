@@ -71,6 +71,7 @@ def _segment(segment: Segment) -> Line:
         **({"part": segment.part} if segment.part else {}),
         **({"frozen": True} if segment.frozen else {}),
         **({"caller": asdict(segment.caller)} if segment.caller else {}),
+        **({"routes": segment.routes.tolist()} if segment.routes is not None else {}),
     }
 
 

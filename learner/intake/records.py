@@ -8,6 +8,7 @@ from pathlib import Path
 from learner.intake.intake import Intake
 from learner.intake.ledger import Result
 from learner.intake.tasks import Task, TaskKey
+from understudy.routes import Mixture, RouteArray, read_mixture
 from understudy.trajectory import (
     Segment,
     Trajectory,
@@ -46,6 +47,8 @@ class Inspector:
         self._tasks = intake.config.learner.tasks
         self._max_payload_bytes = max_payload_bytes
         self._vocab_size = read_vocab_size(intake.config.model.path)
+        model = intake.config.model
+        self._mixture = read_mixture(model.path) if model.router_replay else None
 
     async def take(
         self,
@@ -169,6 +172,19 @@ class Inspector:
             raise TrajectoryError(
                 "BAD_PAYLOAD", f"token id {segment.token_ids.max()}; there are {self._vocab_size}"
             )
+        if self._mixture:
+            _check_routes(segment.routes, self._mixture)
+
+
+def _check_routes(routes: RouteArray | None, mixture: Mixture) -> None:
+    if routes is None:
+        raise TrajectoryError(
+            "BAD_PAYLOAD", "a segment has no routes; set model.router_replay = true for all roles"
+        )
+    try:
+        mixture.check(routes)
+    except ValueError as error:
+        raise TrajectoryError("BAD_PAYLOAD", f"routes: {error}") from None
 
 
 def _decode_checked(record: trajectory_pb2.TrajectoryRecord, payload: bytes) -> Trajectory:

@@ -166,6 +166,7 @@ def _sample(segment: Segment, ages: Mapping[int, int]) -> Sample:
         loss_mask=segment.loss_mask,
         behaviour_logprobs=segment.logprobs,
         staleness=np.repeat(np.asarray(staleness, np.int64), lengths),
+        routes=segment.routes,
     )
 
 

@@ -35,6 +35,7 @@ from learner.trainer.lora import (
 from learner.trainer.losses.tokens import Outputs
 from learner.trainer.packing import Pack
 from learner.trainer.ranks import Ranks
+from learner.trainer.router_replay import RouterReplay
 from learner.trainer.tensor_parallel import divided_logprobs, parallelize, sharding
 from learner.weights.bundle import refuse_adapter
 from understudy.config import Config
@@ -53,6 +54,7 @@ class Policy(nn.Module):
         critic: whether to add a value head; every state is worth 0 to it at the start.
         tensor_mesh: this rank's tensor group, over which the language model is cut; None if not.
         adapter: what it has where its adapters learn; None where all of it does.
+        replay: where routers are told where tokens went; None leaves all of them to the model.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class Policy(nn.Module):
         critic: bool = False,
         tensor_mesh: DeviceMesh | None = None,
         adapter: Adapter | None = None,
+        replay: RouterReplay | None = None,
     ) -> None:
         super().__init__()
+        self._replay = replay
         self.language_model = language_model
         self.adapter = adapter
         self._chosen_logprobs = (
@@ -79,6 +83,8 @@ class Policy(nn.Module):
         self, packed: Pack[Any], temperature: float = 1.0, *, with_entropy: bool = False
     ) -> Outputs:
         """Pass over a pack."""
+        if self._replay:
+            self._replay.set(packed.routes_LTK)
         hidden_TD = self.language_model.base_model(
             input_ids=packed.tokens_1T,
             position_ids=packed.places_1T,
@@ -170,12 +176,17 @@ def load_policy(config: Config, ranks: Ranks, *, critic: bool = False) -> Policy
     )
     if ranks.tensor_mesh is not None:
         parallelize(language_model, ranks.tensor_mesh)
+    replay = RouterReplay(language_model) if model.router_replay else None
     adapter = None
     if lora.rank:
         add_adapter(language_model, lora, config.run.seed)
         adapter = Adapter(config=lora, base_digest=digest_base(model.path, ranks))
     policy = Policy(
-        language_model.train(), critic=critic, tensor_mesh=ranks.tensor_mesh, adapter=adapter
+        language_model.train(),
+        critic=critic,
+        tensor_mesh=ranks.tensor_mesh,
+        adapter=adapter,
+        replay=replay,
     )
     layers = cast("nn.ModuleList", language_model.base_model.layers)
     if train.activation_checkpointing:

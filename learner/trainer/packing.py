@@ -1,6 +1,7 @@
 """Token sequences, and how they are packed end to end into passes without padding.
 
-Shapes: T tokens a pack, S sequences, N positions whose next token counts.
+Shapes: T tokens a pack, S sequences, N positions whose next token counts; L layers, K experts a
+token.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from understudy.routes import RouteArray
 from understudy.trajectory import BoolArray, IntArray
 
 
@@ -22,6 +24,8 @@ class TokenSequence:
     """[T]"""
     loss_mask: BoolArray
     """[T] true for tokens that count; never the first one, which nothing predicts."""
+    routes: RouteArray | None = None
+    """[T - 1, L, K] experts of all tokens but the last; None leaves them to the model."""
 
     @property
     def num_targets(self) -> int:
@@ -56,6 +60,8 @@ class Pack(Generic[S]):
     """int64, the tokens that count."""
     ends_E: Tensor
     """int64, index of the last token of each sequence that ends an episode."""
+    routes_LTK: Tensor | None = None
+    """int16, experts of each token; -1 leaves them to the model, as None does all of them."""
 
     @property
     def num_tokens(self) -> int:
@@ -116,4 +122,20 @@ def pack(
         positions_N=torch.from_numpy(np.concatenate(positions)).to(device),
         targets_N=torch.from_numpy(np.concatenate(targets)).to(device),
         ends_E=torch.from_numpy(ends if last is None else ends[list(last)]).to(device),
+        routes_LTK=_lay_routes([laid[index] for index in order], device),
     )
+
+
+def _lay_routes(laid: Sequence[TokenSequence], device: torch.device) -> Tensor | None:
+    """Routes of sequences as they lie; None if none has any."""
+    known = next((s.routes for s in laid if s.routes is not None), None)
+    if known is None:
+        return None
+    num_tokens = sum(len(sequence.token_ids) for sequence in laid)
+    routes_TLK = np.full((num_tokens, *known.shape[1:]), -1, np.int16)
+    start = 0
+    for sequence in laid:
+        if sequence.routes is not None:
+            routes_TLK[start : start + len(sequence.routes)] = sequence.routes
+        start += len(sequence.token_ids)
+    return torch.from_numpy(routes_TLK.transpose(1, 0, 2).copy()).to(device)

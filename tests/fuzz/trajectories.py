@@ -33,6 +33,7 @@ def make_trajectory(
         ),
         part=part,
         frozen=frozen,
+        routes=np.zeros((11, 2, 2), np.uint8) if part else None,
     )
     turns = tuple(
         Turn(
@@ -86,6 +87,10 @@ def check(trajectory: Trajectory) -> None:
         versions = [span.version for span in segment.version_spans]
         assert versions == sorted(versions)
         assert len(segment.part) <= 64
+        if segment.routes is not None:
+            rows, *shape = segment.routes.shape
+            assert rows == max(num_tokens - 1, 0)
+            assert all(1 <= number <= 1024 for number in shape)
         plain = segment.part.replace("_", "a").replace("-", "a")
         assert not plain or (plain.isascii() and plain.isalnum())
     for turn in trajectory.turns:
@@ -112,3 +117,6 @@ def _check_round_trip(trajectory: Trajectory) -> None:
         np.testing.assert_array_equal(left.logprobs, right.logprobs)
         assert left.version_spans == right.version_spans
         assert (left.part, left.frozen) == (right.part, right.frozen)
+        assert (left.routes is None) == (right.routes is None)
+        if right.routes is not None:
+            np.testing.assert_array_equal(left.routes, right.routes)

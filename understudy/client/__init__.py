@@ -12,7 +12,7 @@ from understudy.client.batches import Batch, BatchClient, BatchTrajectory
 from understudy.client.bundle import BundleError, fetch_model_bundle
 from understudy.client.control import ControlClient
 from understudy.client.environment import EnvironmentClient, Observation, Opening, Session
-from understudy.client.inference import Generation, InferenceClient
+from understudy.client.inference import BadReplyError, Generation, InferenceClient
 from understudy.client.tasks import Lease, Leases, TaskClient
 from understudy.client.trajectories import PushRefusedError, TrajectoryClient
 from understudy.client.weights import WeightClient, Weights
@@ -20,6 +20,7 @@ from understudy.v1.common_pb2 import SamplingParameters
 from understudy.weights.errors import WeightsRefusedError
 
 __all__ = [
+    "BadReplyError",
     "Batch",
     "BatchClient",
     "BatchTrajectory",

@@ -6,8 +6,14 @@ import numpy as np
 
 from understudy.client.base import Client
 from understudy.config import NetworkConfig
+from understudy.errors import UnderstudyError
+from understudy.routes import RouteArray, decode_routes
 from understudy.trajectory import FloatArray, IntArray, VersionSpan
 from understudy.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+
+class BadReplyError(UnderstudyError):
+    """A replica answered what it may not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +28,9 @@ class Generation:
     """Policy versions over the G tokens."""
     cut_off: bool
     """The reply ended at a token limit, not at a stop token."""
+    routes: RouteArray | None = None
+    """[R, L, K] experts of the tokens from the place that was asked for to the one before the last
+    sampled one; None if none were asked for."""
 
 
 class InferenceClient(Client):
@@ -40,6 +49,7 @@ class InferenceClient(Client):
         *,
         prefix_key: str = "",
         min_version: int = 0,
+        routes_from: int | None = None,
         timeout: float = 600.0,
     ) -> Generation:
         """Sample one reply.
@@ -49,10 +59,12 @@ class InferenceClient(Client):
             sampling: temperature, max_new_tokens, stop tokens.
             prefix_key: calls with one key share a prefix.
             min_version: lowest policy version that may answer.
+            routes_from: first token of the prompt whose routes are wanted; None wants none.
             timeout: deadline in seconds.
 
         Raises:
             grpc.aio.AioRpcError: with the codes that the rpc's comment lists.
+            BadReplyError: the routes are not those of the tokens.
         """
         response = await self._stub.Generate(
             inference_pb2.GenerateRequest(
@@ -60,9 +72,14 @@ class InferenceClient(Client):
                 sampling=sampling,
                 prefix_key=prefix_key,
                 min_version=min_version,
+                routes_from=routes_from,
             ),
             timeout=timeout,
         )
+        routes = None
+        if routes_from is not None:
+            num_tokens = len(prompt_token_ids) + len(response.token_ids) // 4 - 1
+            routes = self._routes(response, num_tokens - routes_from)
         return Generation(
             token_ids=np.frombuffer(response.token_ids, "<i4"),
             logprobs=np.frombuffer(response.logprobs, "<f4"),
@@ -71,7 +88,14 @@ class InferenceClient(Client):
                 for span in response.version_spans
             ),
             cut_off=response.finish_reason == inference_pb2.FINISH_REASON_LENGTH,
+            routes=routes,
         )
+
+    def _routes(self, response: inference_pb2.GenerateResponse, num_tokens: int) -> RouteArray:
+        try:
+            return decode_routes(response.routes, num_tokens)
+        except ValueError as error:
+            raise BadReplyError(f"{self.peer} {self.address}: routes: {error}") from None
 
     async def describe(self) -> inference_pb2.DescribeModelResponse:
         """Engine, bundle digest, policy version and limits."""

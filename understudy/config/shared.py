@@ -79,6 +79,9 @@ class ModelConfig(Section):
     float32 gives equal log-probabilities on CPUs."""
     tools: Literal["schemas", "signatures"] = "schemas"
     """How the prompt lists tools: full JSON schemas, or one line a tool (small models)."""
+    router_replay: bool = False
+    """Mixtures of experts: record the experts that each token was sent to when it was sampled, and
+    have the trainer send it to the same. vLLM returns them on GPUs only."""
 
 
 class ProcessConfig(Section):
