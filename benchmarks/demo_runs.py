@@ -21,11 +21,18 @@ class Played:
 
     steps: Sequence[dict[str, Any]]
     evaluations: Sequence[dict[str, Any]]
+    began: float
+    """When its first version was there, in seconds since 1970."""
 
     @property
     def heldout(self) -> list[list[float]]:
         """[step, accuracy] of each evaluation."""
         return [[line["step"], round(line["heldout_accuracy"], 4)] for line in self.evaluations]
+
+    @property
+    def heldout_seconds(self) -> list[float]:
+        """Seconds from the first version to each evaluation's end."""
+        return [round(line["time"] - self.began, 1) for line in self.evaluations]
 
 
 def play(folder: Path, settings: Iterable[str], port: int) -> Played:
@@ -56,6 +63,7 @@ def play(folder: Path, settings: Iterable[str], port: int) -> Played:
     return Played(
         steps=[line for line in lines if line["kind"] == "step"],
         evaluations=[line for line in lines if line["kind"] == "evaluation"],
+        began=lines[0]["time"],
     )
 
 

@@ -2,14 +2,15 @@
 
 Real runs of the demo's agent, shorter ones, deterministic: every batch is played by exactly the
 version that is so many steps behind the one that learns from it (the first batches by the first
-version). A JSON line a run, appended to runs/staleness/results.jsonl too; runs that are there are
-not run again, so that the benchmark can be stopped and taken up.
+version). A JSON line a run, appended to benchmarks/staleness.jsonl, which is kept with the code;
+runs that are there are not run again, so that the benchmark can be stopped and taken up.
 
     {"bench": "staleness", "algorithm": "vtrace", "staleness": 4, "seed": 0, "heldout": [[0, 0.3],
-     [12, ...], ...], "reward": [...], "seconds": ..., "ess_min": ..., "kl_max": ...}
+     [12, ...], ...], "heldout_seconds": [...], "reward": [...], "ess_min": ..., "kl_max": ...}
 
-heldout is [step, accuracy] on the same 120 tasks of the test split at temperature 1; reward is the
-mean of each batch. It takes the model that `make demo` warms up (runs/demo-warmup-0/base).
+heldout is [step, accuracy] on the same 120 tasks of the test split at temperature 1, and
+heldout_seconds when each was known, counted from the first version; reward is the mean of each
+batch. It takes the model that `make demo` warms up (runs/demo-warmup-0/base).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 from benchmarks.demo_runs import BASE, play, read_lines
 
 RUNS = Path("runs/staleness")
-RESULTS = "results.jsonl"
+RESULTS = Path(__file__).with_suffix(".jsonl")
 STALENESS = (0, 1, 4, 16)
 ALGORITHMS = {
     "uncorrected": ("learner.algorithm.correction=none",),
@@ -60,7 +61,7 @@ def main() -> None:
     if not BASE.exists():
         parser.error(f"{BASE} does not exist; `make demo` makes it")
     RUNS.mkdir(parents=True, exist_ok=True)
-    known = {_key(line): line for line in read_lines(RUNS / RESULTS)}
+    known = {_key(line): line for line in read_lines(RESULTS)}
     cases = [
         (algorithm, staleness, seed)
         for seed in arguments.seeds
@@ -97,6 +98,7 @@ def _run(case: tuple[str, int, int], port: int) -> dict[str, Any]:
         "staleness": staleness,
         "seed": seed,
         "heldout": played.heldout,
+        "heldout_seconds": played.heldout_seconds,
         "reward": [round(line["reward_mean"], 4) for line in steps],
         "episodes": sum(line["episodes"] for line in steps),
         "staleness_mean": [round(line["token_staleness_mean"], 2) for line in steps],
@@ -105,7 +107,7 @@ def _run(case: tuple[str, int, int], port: int) -> dict[str, Any]:
         "skipped": sum(line["skipped_updates"] for line in steps),
         "seconds": round(time.monotonic() - start, 1),
     }
-    with (RUNS / RESULTS).open("a") as file:
+    with RESULTS.open("a") as file:
         file.write(json.dumps(result) + "\n")
     return result
 

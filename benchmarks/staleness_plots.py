@@ -10,20 +10,23 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from benchmarks.staleness import ALGORITHMS, RESULTS, RUNS, STALENESS
+from benchmarks.staleness import ALGORITHMS, RESULTS, STALENESS
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "staleness"  # equal results, equal file
 
 from matplotlib import pyplot  # noqa: E402  after the backend is chosen
 
-Runs = dict[tuple[str, int], list[dict[str, Any]]]
+Line = dict[str, Any]
+"""What one run came to."""
+Runs = dict[tuple[str, int], list[Line]]
+Axis = Callable[[Line], list[float]]
 
 
 def main() -> None:
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the figure, an SVG file")
     arguments = parser.parse_args()
     runs: Runs = defaultdict(list)
-    for text in (RUNS / RESULTS).read_text().splitlines():
+    for text in RESULTS.read_text().splitlines():
         line = json.loads(text)
         runs[line["algorithm"], line["staleness"]].append(line)
     draw(runs, arguments.out)
@@ -40,35 +43,48 @@ def main() -> None:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Held-out accuracy against episodes, a panel for each staleness: every run thin, the mean of
-    an algorithm's runs thick."""
-    figure, panels = pyplot.subplots(
-        1, len(STALENESS), figsize=(3 * len(STALENESS), 3.2), sharey=True, layout="constrained"
+    """Held-out accuracy, a panel for each staleness: above against episodes, below against wall
+    time. Every run thin, the mean of an algorithm's runs thick."""
+    figure, rows = pyplot.subplots(
+        2, len(STALENESS), figsize=(3 * len(STALENESS), 6), sharey=True, layout="constrained"
     )
-    for staleness, panel in zip(STALENESS, panels, strict=True):
-        for index, algorithm in enumerate(ALGORITHMS):
-            curves = [_curve(line) for line in runs[algorithm, staleness]]
-            for x, y in curves:
-                panel.plot(x, y, color=f"C{index}", linewidth=0.6, alpha=0.5)
-            if curves:
-                means = [
-                    statistics.fmean(values) for values in zip(*(y for _, y in curves), strict=True)
-                ]
-                panel.plot(curves[0][0], means, color=f"C{index}", linewidth=2, label=algorithm)
-        panel.set_title(f"{staleness} steps behind", fontsize=10)
-        panel.set_xlabel("episodes")
-        panel.set_ylim(0, 1)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out accuracy")
-    panels[0].legend(fontsize=8, loc="lower right")
+    for panels, axis in zip(rows, (_episodes, _minutes), strict=True):
+        for staleness, panel in zip(STALENESS, panels, strict=True):
+            for index, algorithm in enumerate(ALGORITHMS):
+                _draw(panel, runs[algorithm, staleness], axis, f"C{index}", algorithm)
+            panel.set_ylim(0, 1)
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("held-out accuracy")
+    for staleness, above, below in zip(STALENESS, *rows, strict=True):
+        above.set_title(f"{staleness} steps behind", fontsize=10)
+        above.set_xlabel("episodes")
+        below.set_xlabel("minutes")
+    rows[0][0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
-def _curve(line: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """Episodes that were trained on, and accuracy then."""
-    steps, accuracy = zip(*line["heldout"], strict=True)
-    episodes_a_step = line["episodes"] / steps[-1]
-    return [step * episodes_a_step for step in steps], accuracy
+def _draw(panel: Any, lines: Sequence[Line], axis: Axis, color: str, label: str) -> None:
+    curves = [(axis(line), [accuracy for _, accuracy in line["heldout"]]) for line in lines]
+    for x, y in curves:
+        panel.plot(x, y, color=color, linewidth=0.6, alpha=0.5)
+    if curves:
+        xs, ys = zip(*curves, strict=True)
+        panel.plot(_means(xs), _means(ys), color=color, linewidth=2, label=label)
+
+
+def _means(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*curves, strict=True)]
+
+
+def _episodes(line: Line) -> list[float]:
+    """Episodes that were trained on by each evaluation."""
+    steps = [step for step, _ in line["heldout"]]
+    return [step * line["episodes"] / steps[-1] for step in steps]
+
+
+def _minutes(line: Line) -> list[float]:
+    """Minutes from the first version to each evaluation."""
+    return [seconds / 60 for seconds in line["heldout_seconds"]]
 
 
 def table(runs: Runs) -> str:
@@ -81,7 +97,7 @@ def table(runs: Runs) -> str:
     return "\n".join(rows)
 
 
-def _cell(lines: Sequence[dict[str, Any]]) -> str:
+def _cell(lines: Sequence[Line]) -> str:
     final = [100 * line["heldout"][-1][1] for line in lines]
     if not final:
         return "not run"
