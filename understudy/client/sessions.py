@@ -13,6 +13,9 @@ from understudy.v1 import environment_pb2
 _MESSAGE_BYTES = MEBIBYTE - 2**10
 """Requests that one message packs, and the largest that a server takes; the rest is for framing."""
 _MESSAGE_REQUESTS = 2**10
+_OVERWRITTEN = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+"""What grpcio puts in the place of a call's status if the call ends while a request is written:
+github.com/grpc/grpc/issues/36066. What the server said is lost."""
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 Request = environment_pb2.SessionRequest
@@ -125,16 +128,16 @@ class SessionStream:
             self._failed[response.session] = response.failure
 
     async def _status(self) -> grpc.aio.AioRpcError:
-        code = await self._call.code()
+        code, details = await self._call.code(), await self._call.details()
         if code is grpc.StatusCode.OK:  # it drained, and this session came too late
-            return ServiceError(
-                grpc.StatusCode.UNAVAILABLE, "DRAINING", "the environment server drains", 1.0
-            ).to_rpc_error()
+            return _unavailable("DRAINING", "the environment server drains")
+        if (code, details) == _OVERWRITTEN:
+            return _unavailable("STREAM_ENDED", "the environment server ended the stream")
         return grpc.aio.AioRpcError(
             code,
             await self._call.initial_metadata(),
             await self._call.trailing_metadata(),
-            await self._call.details(),
+            details,
         )
 
 
@@ -142,6 +145,11 @@ def _error(failure: environment_pb2.SessionFailure) -> grpc.aio.AioRpcError:
     hint = failure.retry_after.ToNanoseconds() / 1e9 if failure.HasField("retry_after") else None
     code = _CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
     return ServiceError(code, failure.reason, failure.message, hint).to_rpc_error()
+
+
+def _unavailable(reason: str, message: str) -> grpc.aio.AioRpcError:
+    """The stream is over; another one, or another server, may do."""
+    return ServiceError(grpc.StatusCode.UNAVAILABLE, reason, message, 1.0).to_rpc_error()
 
 
 def _too_large(size: int) -> ServiceError:
