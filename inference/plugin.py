@@ -11,9 +11,16 @@ vLLM can change single values in place: there a patch suffices. The order of one
 
 in one call, and generation is paused around it. An update that failed is ended by
 `abandon_weight_update`; the weights are then undefined until the next whole update.
+
+vLLM's processes end with the one that started them, however that ended: an engine that outlived a
+replica that was killed would keep its memory, of which a GPU has none to spare for the next one.
 """
 
 import mmap
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,4 +211,17 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, ShadowTransfer)
 
 
+def _end_with_parent() -> None:
+    """Follow the process that started this one, if it is one of multiprocessing's."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), name="follow", daemon=True).start()
+
+
+def _follow(parent: Any) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 register()
+_end_with_parent()
