@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.adam_steps import SIZES
 from benchmarks.rollout import free_address
+from benchmarks.slow_link import slow_link
 from envserver.suites.practice.demonstrate import demonstrations
 from learner.trainer.calls import connect
 from learner.trainer.intake_client import IntakeClient
@@ -59,6 +60,8 @@ class Model:
     """Whether to measure what is lost under load; a large model is too slow for it on a CPU."""
 
 
+SLOW_LINK_MB_PER_S = 1.0
+"""Of the fetch that is to take long."""
 MODELS = {
     "demo": Model(dtype="float32"),
     "34 MB": Model(dtype="bfloat16", megabytes=34),
@@ -66,33 +69,47 @@ MODELS = {
 }
 
 
-def measure(name: str, kv_on_update: str = "refresh") -> dict[str, object]:
-    """One model, on a disk that keeps what is written: the folder is here, not in /tmp."""
+def measure(
+    name: str, kv_on_update: str = "refresh", link_mb_per_s: float | None = None
+) -> dict[str, object]:
+    """One model, on a disk that keeps what is written: the folder is here, not in /tmp.
+
+    Args:
+        name: of MODELS.
+        kv_on_update: the replica's setting.
+        link_mb_per_s: most that weights come by; what is lost under load is then not measured.
+    """
     with tempfile.TemporaryDirectory(prefix="understudy-bench-", dir=Path.cwd()) as folder:
         config = _config(Path(folder), MODELS[name], kv_on_update)
         config_file = str(write_config(config, config.run.path))
-        with Supervisor(config.run.path / "logs") as supervisor, joined() as ranks:
+        with contextlib.ExitStack() as stack:
+            supervisor = stack.enter_context(Supervisor(config.run.path / "logs"))
+            ranks = stack.enter_context(joined())
             words = [sys.executable, "-m", "learner.intake", "--config", config_file]
             supervisor.start("intake", words)
             supervisor.wait_serving("intake", config.learner.listen, config.network, 60)
-            with trainer(config, ranks) as rank:
-                rank.publish()
-                rank.flush()
-                words = [sys.executable, "-m", "understudy.cli", "inference"]
-                supervisor.start("inference", [*words, "--config", config_file])
-                supervisor.wait_serving("inference", config.inference.listen, config.network, 180)
-                figures = uvloop.run(_measure(config, rank, MODELS[name].loaded))
+            rank = stack.enter_context(trainer(config, ranks))
+            rank.publish()
+            rank.flush()
+            words = [sys.executable, "-m", "understudy.cli", "inference", "--config", config_file]
+            if link_mb_per_s:
+                link = stack.enter_context(slow_link(config.learner.listen, link_mb_per_s))
+                words.append(f"--set=inference.weights.upstream={link}")
+            supervisor.start("inference", words)
+            supervisor.wait_serving("inference", config.inference.listen, config.network, 180)
+            loaded = MODELS[name].loaded and not link_mb_per_s
+            figures = uvloop.run(_measure(config, rank, loaded))
     what = {"model": name, "dtype": config.model.dtype, "kv_on_update": kv_on_update}
-    return what | figures
+    return what | {"link_mb_per_s": link_mb_per_s} | figures
 
 
 async def _measure(config: Config, rank: "Trainer", loaded: bool) -> dict[str, object]:
     async with InferenceClient.connect(config.inference.listen, config.network) as client:
         for _ in range(WARMUP_UPDATES):
             await _fresh_after(client, rank)
-        before = _pauses(config)
+        before = await _pauses(config)
         fresh = [await _fresh_after(client, rank) for _ in range(UPDATES)]
-        pause = _pauses(config) - before
+        pause = await _pauses(config) - before
         assert pause[1] == UPDATES, "an update was left out"
         lost = await _throughput(client, rank) if loaded else {}
     return {
@@ -213,8 +230,13 @@ def trainer(config: Config, ranks: Ranks) -> Iterator[Trainer]:
             yield Trainer(policy, publisher, config, ranks)
 
 
-def _pauses(config: Config) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """[seconds, number] of pauses so far."""
+async def _pauses(config: Config) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """[seconds, number] of pauses so far; a first token may be there before its update counts."""
+    await asyncio.sleep(0.5)
+    return await asyncio.to_thread(_read_pauses, config)
+
+
+def _read_pauses(config: Config) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     with urlopen(f"http://{config.inference.metrics_listen}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     name = "understudy_generation_pause_seconds"

@@ -10,13 +10,14 @@ Three parts, a JSON line a case:
     {"bench": "weights", "part": "codec", "bf16_mb": 34, "learning_rate": 1e-06,
      "changed_share": ..., "wire_ratio": ..., "encode_mb_per_s": ..., "decode_mb_per_s": ...,
      "diff_mb_per_s": ..., "apply_mb_per_s": ..., "xor_ratio": ..., ...}
-    {"bench": "weights", "part": "live", "model": "demo", "weights_mb": ..., "pause_ms": ...,
-     "fresh_after_ms": ..., "throughput_lost": ..., ...}
+    {"bench": "weights", "part": "live", "model": "demo", "link_mb_per_s": null, "weights_mb": ...,
+     "pause_ms": ..., "fresh_after_ms": ..., "throughput_lost": ..., ...}
 
 pause_ms is how long generation stood still; fresh_after_ms counts from the end of the step to the
 first token of the new version, through Generate; throughput_lost is the share of generated tokens
-that one update every 5 s costs. --kv is inference.kv_on_update: `refresh` reads running requests
-again under the new weights, which on a CPU takes long for a large model.
+that one update every 5 s costs. With link_mb_per_s the replica's fetches go no faster. --kv is
+inference.kv_on_update: `refresh` reads running requests again under the new weights, which on a CPU
+takes long for a large model.
 """
 
 import argparse
@@ -50,6 +51,8 @@ def main() -> None:
 
         for model in weight_live.MODELS:
             report("live", weight_live.measure(model, arguments.kv))
+        slowly = weight_live.measure("demo", arguments.kv, weight_live.SLOW_LINK_MB_PER_S)
+        report("live", slowly)
 
 
 def codec(megabytes: int) -> None:
