@@ -1,7 +1,7 @@
 """Which ranks of the trainer are there: each keeps a stream open, which breaks if it stands still.
 
 A step may take minutes, so that silence says nothing. A connection whose pings nobody answers does:
-it is closed after 10 s (keepalive, rpc/channels.py).
+it is closed within 10 s (keepalive, rpc/channels.py).
 """
 
 import asyncio

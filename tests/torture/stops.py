@@ -18,8 +18,7 @@ from tests.torture.players import be_impatient
 from tests.torture.system import System
 
 NOTICE_SECONDS = 10.0
-"""Time within which somebody must have noticed: keepalive's 5 s and its timeout's 5 s."""
-_TOLERANCE_SECONDS = 1.0
+"""Time within which somebody must have noticed: keepalive's 4.5 s and its timeout's 5 s."""
 _ALARMS = ("warning", "error", "critical")
 _RETRIES = "understudy_generate_retries_total"
 
@@ -63,7 +62,7 @@ async def _stop(system: System, role: str, seconds: float) -> Result:
     for name, process in system.processes.items():
         if process.pid != pids[name]:
             system.history.violation(f"{name} was started again")
-    if seconds > NOTICE_SECONDS and (noticed or seconds) > NOTICE_SECONDS + _TOLERANCE_SECONDS:
+    if seconds > NOTICE_SECONDS and (noticed or seconds) > NOTICE_SECONDS:
         system.history.violation(f"nobody noticed within {NOTICE_SECONDS:.0f} s that {role} stood")
     result.seconds = time.monotonic() - begin
     result.extra = {

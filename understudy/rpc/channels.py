@@ -17,10 +17,10 @@ _log = logging.getLogger(__name__)
 MEBIBYTE = 2**20
 _SAY_FIRST_SECONDS, _SAY_EVERY_SECONDS = 1.0, 10.0
 
-# A hung peer is noticed after keepalive time plus ping timeout (10 s); without the ping timeout it
+# A hung peer is noticed after keepalive time plus ping timeout (9.5 s); without the ping timeout it
 # would take a minute. BDP probing off bounds what a stalled stream buffers to the lookahead.
 COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_time_ms", 4_500),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
