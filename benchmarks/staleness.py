@@ -3,10 +3,12 @@
 Real runs of the demo's agent, shorter ones, deterministic: every batch is played by exactly the
 version that is so many steps behind the one that learns from it (the first batches by the first
 version). A JSON line a run, appended to benchmarks/staleness.jsonl, which is kept with the code;
-runs that are there are not run again, so that the benchmark can be stopped and taken up.
+runs that are there, of the same warmed-up model, are not run again, so that the benchmark can be
+stopped and taken up.
 
-    {"bench": "staleness", "algorithm": "vtrace", "staleness": 4, "seed": 0, "heldout": [[0, 0.3],
-     [12, ...], ...], "heldout_seconds": [...], "reward": [...], "ess_min": ..., "kl_max": ...}
+    {"bench": "staleness", "algorithm": "vtrace", "staleness": 4, "seed": 0, "base": "1f0c...",
+     "heldout": [[0, 0.3], [12, ...], ...], "heldout_seconds": [...], "reward": [...],
+     "ess_min": ..., "kl_max": ...}
 
 heldout is [step, accuracy] on the same 120 tasks of the test split at temperature 1, and
 heldout_seconds when each was known, counted from the first version; reward is the mean of each
@@ -14,6 +16,7 @@ batch. It takes the model that `make demo` warms up (runs/demo-warmup-0/base).
 """
 
 import argparse
+import hashlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +64,8 @@ def main() -> None:
     if not BASE.exists():
         parser.error(f"{BASE} does not exist; `make demo` makes it")
     RUNS.mkdir(parents=True, exist_ok=True)
-    known = {_key(line): line for line in read_lines(RESULTS)}
+    base = digest_base()
+    known = {_key(line): line for line in read_lines(RESULTS) if line["base"] == base}
     cases = [
         (algorithm, staleness, seed)
         for seed in arguments.seeds
@@ -75,6 +79,11 @@ def main() -> None:
             known[_key(line)] = line
     for case in cases:
         print(json.dumps(known[case]), flush=True)
+
+
+def digest_base() -> str:
+    """What tells the warmed-up model from those of other machines."""
+    return hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _key(line: dict[str, Any]) -> tuple[str, int, int]:
@@ -97,6 +106,7 @@ def _run(case: tuple[str, int, int], port: int) -> dict[str, Any]:
         "algorithm": algorithm,
         "staleness": staleness,
         "seed": seed,
+        "base": digest_base(),
         "heldout": played.heldout,
         "heldout_seconds": played.heldout_seconds,
         "reward": [round(line["reward_mean"], 4) for line in steps],

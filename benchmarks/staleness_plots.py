@@ -2,12 +2,11 @@
 
     python -m benchmarks.staleness_plots --out docs/staleness.svg
 
-writes the figure and prints the table in Markdown. It needs matplotlib (`pip install matplotlib`),
-which nothing else here does.
+writes the figure and prints the table in Markdown, of the runs that began with the same model as
+the last one. It needs matplotlib (`pip install matplotlib`), which nothing else here does.
 """
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.demo_runs import read_lines
 from benchmarks.staleness import ALGORITHMS, RESULTS, STALENESS
 
 matplotlib.use("svg")
@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the figure, an SVG file")
     arguments = parser.parse_args()
     runs: Runs = defaultdict(list)
-    for text in RESULTS.read_text().splitlines():
-        line = json.loads(text)
-        runs[line["algorithm"], line["staleness"]].append(line)
+    lines = list(read_lines(RESULTS))
+    for line in lines:
+        if line["base"] == lines[-1]["base"]:
+            runs[line["algorithm"], line["staleness"]].append(line)
     draw(runs, arguments.out)
     print(table(runs))
 
