@@ -20,7 +20,7 @@ from learner.log.segments import Location
 from tests.fuzz import payload_raw, payload_zstd
 from tests.fuzz.mutation import mutate_as
 from tests.fuzz.trajectories import RAW, SOUND, ZSTD, check
-from understudy.config import TasksConfig
+from understudy.config import ModelConfig, TasksConfig
 from understudy.trajectory import TrajectoryError, decode_record
 from understudy.v1 import common_pb2, log_pb2, trajectory_pb2
 
@@ -51,9 +51,8 @@ class _Intake:
         self.ledger.publish(0, 1)
         self.ledger.publish(0, 1)
         self.ledger.lease("a", 4)
-        self.config = SimpleNamespace(
-            learner=SimpleNamespace(tasks=tasks), model=SimpleNamespace(path=Path("/nowhere"))
-        )
+        model = ModelConfig(path=Path("/nowhere"))
+        self.config = SimpleNamespace(learner=SimpleNamespace(tasks=tasks), model=model)
 
     async def fail(self, key: object, lease_id: int, reason: str, *rest: object) -> None:
         assert reason == "failed" or reason in REASONS
