@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -172,39 +173,56 @@ async def test_the_box_holds_without_the_routes(tmp_path: Path) -> None:
                     await bare.goto(url)
             await bare.close()
             box = psutil.Process(process.pid).children(recursive=True)
-            chromium = [each for each in box if _words(each).startswith(browser_process.CHROMIUM)]
-            renderers = [each for each in chromium if "--type=renderer" in _words(each)]
+            ours = _Confinement.of(psutil.Process())
+            chromium = [
+                confined
+                for confined in map(_Confinement.of, box)
+                if confined and confined.words.startswith(browser_process.CHROMIUM)
+            ]
+            renderers = [each for each in chromium if "--type=renderer" in each.words]
+            assert ours
             assert renderers
             for each in chromium:
-                assert each.uids().real != 0 or os.geteuid() != 0
-                assert _status(each, "NoNewPrivs") == "1"
-                assert _namespace(each, "net") != _namespace(psutil.Process(), "net")
+                assert each.user != 0 or os.geteuid() != 0
+                assert each.status["NoNewPrivs"] == "1"
+                assert each.network != ours.network
             for each in renderers:  # Chromium's own sandbox holds beside the box
-                assert _status(each, "Seccomp") == "2"
-                assert _namespace(each, "user") != _namespace(psutil.Process(), "user")
-            first = next(each for each in chromium if "--type" not in _words(each))
-            assert set(first.environ()) == {"HOME", "PATH", "LANG", "PWD"}
+                assert each.status["Seccomp"] == "2"
+                assert each.users != ours.users
+            first = next(each for each in chromium if "--type" not in each.words)
+            assert set(first.process.environ()) == {"HOME", "PATH", "LANG", "PWD"}
         assert reached == []
     gone, alive = psutil.wait_procs(box, timeout=20)
     assert not alive
     assert gone
 
 
-def _words(process: psutil.Process) -> str:
-    """A process's command line; nothing of one that has ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+class _Confinement(NamedTuple):
+    """What a process may do: its command line, real user, /proc's status and two namespaces."""
 
+    process: psutil.Process
+    words: str
+    user: int
+    status: dict[str, str]
+    network: str
+    users: str
 
-def _status(process: psutil.Process, name: str) -> str:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
-
-
-def _namespace(process: psutil.Process, kind: str) -> str:
-    return os.readlink(f"/proc/{process.pid}/ns/{kind}")
+    @classmethod
+    def of(cls, process: psutil.Process) -> "_Confinement | None":
+        """None of a process that ended meanwhile, as a closed page's renderer does."""
+        proc = Path(f"/proc/{process.pid}")
+        try:
+            lines = (line.split() for line in (proc / "status").read_text().splitlines())
+            return cls(
+                process=process,
+                words=" ".join(process.cmdline()),
+                user=process.uids().real,
+                status={name.rstrip(":"): " ".join(values) for name, *values in lines},
+                network=os.readlink(proc / "ns/net"),
+                users=os.readlink(proc / "ns/user"),
+            )
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            return None
 
 
 LOOP = "<title>Loop</title><button onclick='while (true) {}'>Go</button>"
