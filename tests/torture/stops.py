@@ -76,11 +76,12 @@ async def _stop(system: System, role: str, seconds: float) -> Result:
 
 
 class _Watch:
-    """Looks for what the other roles say: alarms in their logs, retries in actors' metrics."""
+    """Looks for what the other roles say: alarms in their logs; of inference, whose absence actors
+    do not log, retries in their metrics. Retries for other reasons happen at any time."""
 
     def __init__(self, system: System, role: str) -> None:
         self._logs = {n: system.log(n) for n in system.processes if n != role}
-        self._scrapes = {n: at for n, at in system.scrapes.items() if n != role}
+        self._scrapes = system.scrapes if role == "inference" else {}
         self._sizes = {name: path.stat().st_size for name, path in self._logs.items()}
         self._retries: dict[str, float] = {}
         self.evidence = ""
