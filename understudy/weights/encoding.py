@@ -119,15 +119,17 @@ class Changes(NamedTuple):
 
 
 def find_changes(before: WordArray, after: WordArray) -> Changes:
-    """Compare two arrays of as many words."""
-    found = [Changes(np.zeros(0, np.int64), before[:0], after[:0])]
-    for start in range(0, len(after), _BLOCK):
+    """Compare two arrays of as many words. What is all different comes back as views of them."""
+    flags = np.empty(min(len(after), _BLOCK), np.bool_)
+    found = []
+    for start in range(0, max(len(after), 1), _BLOCK):
         one, other = before[start : start + _BLOCK], after[start : start + _BLOCK]
-        at = _true_positions(one != other)
-        # Taken while the cache has them; later would be from memory, word for word.
-        some = len(at) < len(other)
-        found.append(Changes(at + start, one[at] if some else one, other[at] if some else other))
-    return Changes(*map(np.concatenate, zip(*found, strict=True)))
+        at = _true_positions(np.not_equal(one, other, out=flags[: len(other)]))
+        if len(at) < len(other):
+            # Taken while the cache has them; later would be from memory, word for word.
+            one, other = one[at], other[at]
+        found.append(Changes(at + start, one, other))
+    return found[0] if len(found) == 1 else Changes(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def _true_positions(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
